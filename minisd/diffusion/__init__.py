@@ -1,0 +1,1 @@
+"""Diffusion as pure mathematics: schedules, Gaussians, guidance and samplers. Imports nothing else of minisd."""
