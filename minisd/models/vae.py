@@ -1,0 +1,159 @@
+"""The KL autoencoder: pictures to latents and back (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minisd.config import VAEConfig
+from minisd.kernels import attention
+from minisd.nn.blocks import Downsample, ResBlock, Upsample
+
+
+class VAE(nn.Module):
+    """encode: image 'b 3 H W' in [-1, 1] → DiagonalGaussian over U-Net latents; decode: the way back.
+
+    Both speak *U-Net latents*: the scale factor is applied here, once, and nowhere else. Module names are the official
+    ones, except `skip` for `nin_shortcut`.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        moments = 2 * config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """ValueError for sides that are not multiples of config.factor."""
+        factor = self.config.factor
+        for name, side in zip(("height", "width"), image.shape[-2:], strict=True):
+            if side % factor:
+                lower = max(side // factor * factor, factor)
+                raise ValueError(
+                    f"{name} {side} is not a multiple of {factor} (the VAE's factor): use {lower} or {lower + factor}"
+                )
+        return DiagonalGaussian.from_moments(self.moments(image), self.config)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """U-Net latents 'b c h w' → image 'b 3 H W' in about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scale_factor))
+
+    def moments(self, image: Tensor) -> Tensor:
+        """The encoder's raw output 'b 2c h w': mean and log-variance, unscaled and unclamped."""
+        return self.quant_conv(self.encoder(image))
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """A normal distribution over U-Net latents 'b c h w', of independent components."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor, config: VAEConfig) -> DiagonalGaussian:
+        mean, logvar = moments.chunk(2, dim=1)
+        std = (0.5 * logvar.clamp(*config.logvar_range)).exp()
+        return cls(config.scale_factor * mean, config.scale_factor * std)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std·noise; the noise is drawn on the generator's device (the mean's without one)."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+
+class Encoder(nn.Module):
+    """Residual blocks and downsamplings, level by level, then a middle with attention."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.channels * mult for mult in config.channel_mult]
+        norm = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, (width, before) in enumerate(zip(widths, [config.channels, *widths], strict=False)):
+            down = nn.Module()
+            down.block = nn.ModuleList(
+                ResBlock(before if i == 0 else width, width, **norm) for i in range(config.num_res_blocks)
+            )
+            down.downsample = Downsample(width, symmetric=False) if level < len(widths) - 1 else None
+            self.down.append(down)
+        self.mid = Middle(widths[-1], norm)
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for down in self.down:
+            for block in down.block:
+                x = block(x)
+            if down.downsample is not None:
+                x = down.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """The encoder backwards, with one more residual block per level. `up` is indexed by level, as the official one."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.channels * mult for mult in config.channel_mult]
+        norm = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], norm)
+        self.up = nn.ModuleList()
+        for level, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
+            up = nn.Module()
+            up.block = nn.ModuleList(
+                ResBlock(before if i == 0 else width, width, **norm) for i in range(config.num_res_blocks + 1)
+            )
+            up.upsample = Upsample(width) if level > 0 else None
+            self.up.append(up)
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for up in reversed(self.up):
+            for block in up.block:
+                x = block(x)
+            if up.upsample is not None:
+                x = up.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int, norm: dict):
+        super().__init__()
+        self.block_1 = ResBlock(width, width, **norm)
+        self.attn_1 = PixelAttention(width, **norm)
+        self.block_2 = ResBlock(width, width, **norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class PixelAttention(nn.Module):
+    """One head of self-attention as wide as the channels; its projections are 1×1 convolutions."""
+
+    def __init__(self, width: int, *, norm_groups: int, norm_eps: float):
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, width, norm_eps)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (rearrange(f(normed), "b c h w -> b (h w) 1 c") for f in (self.q, self.k, self.v))
+        out = rearrange(attention(q, k, v), "b (h w) 1 c -> b c h w", h=x.shape[-2])
+        return x + self.proj_out(out)
