@@ -1,7 +1,7 @@
 """Byte-pair encoding (Sennrich et al. 2016) with CLIP's vocabulary: one word in, its ids out.
 
 An id is a position in this list: 256 bytes, the same 256 bytes as the last of a word, then 48894 learned merges of two
-earlier entries, in the order they were learned. So the whole vocabulary is one table, (id, id) → id, and the lower of two
+earlier entries, in the order they were learned. So the vocabulary is one table, (id, id) → id, and the lower of two
 ids is the earlier merge.
 """
 

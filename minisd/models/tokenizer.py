@@ -163,7 +163,7 @@ class Tokenizer:
         return ids
 
     def _words(self, text: str) -> Iterator[tuple[int, Sequence[int]]]:
-        """(position, ids) of every word of a cleaned text: placeholders are cut out first, then CLIP's words between."""
+        """(position, ids) of each word of a cleaned text: placeholders are cut out first, then CLIP's words between."""
         pattern, specials = _word_pattern(self.dialect), dict(zip(SPECIALS[self.dialect], ([BOS], [EOS]), strict=True))
         start = 0
         for placeholder in [*_placeholder_pattern(tuple(self._added)).finditer(text), None]:
