@@ -1,29 +1,15 @@
-"""What a model says about x_t, and how a network's raw output becomes that.
+"""From a network's raw output to the model a sampler asks.
 
-A sampler's `model(x_t, t)` is any callable returning ε, or a `Prediction` where ε alone does not say it all.
+A sampler's `model(x_t, t)` is any callable returning ε, or a `Prediction` where ε alone does not say it all. Networks
+with a learned variance belong to a chain of steps: `gaussian.from_network`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
-from minisd.diffusion.schedule import Schedule, Time
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A model's view of x_t: its noise and its clean image, two sides of x_t = √ᾱ x_0 + √(1-ᾱ) ε.
-
-    log_variance: of p(x_{t-1} | x_t), 'b c h w', where the network learns it.
-    mean: of p(x_{t-1} | x_t), where it is not the posterior's at x_0 (a network that predicts x_{t-1}; classifier
-    guidance). Only ddpm and the variational bound look at these two.
-    """
-
-    eps: Tensor
-    x_0: Tensor
-    log_variance: Tensor | None = None
-    mean: Tensor | None = None
+from minisd.diffusion.schedule import Prediction, Schedule, Time
 
 
 Network = Callable[[Tensor, Time], Tensor]

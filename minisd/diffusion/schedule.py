@@ -6,6 +6,8 @@ linear between neighbouring steps. x_t is always variance preserving, x_t = √�
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -140,13 +142,29 @@ class Schedule:
         return abar
 
 
-def weighted_sum(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y for coefficients of shape '' or 'b' (any device) and tensors 'b ...', in the type of x and y.
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A model's view of x_t: its noise and its clean image, two sides of x_t = √ᾱ x_0 + √(1-ᾱ) ε.
+
+    eps, x_0: 'b c h w'. log_variance: of p(x_{t-1} | x_t), 'b c h w', where the network learns it.
+    mean: of p(x_{t-1} | x_t), where it is not the posterior's at x_0 (a network that predicts x_{t-1}; classifier
+    guidance). Only ddpm and the variational bound look at these two.
+    """
+
+    eps: Tensor
+    x_0: Tensor
+    log_variance: Tensor | None = None
+    mean: Tensor | None = None
+
+
+def weighted_sum(*terms: Tensor) -> Tensor:
+    """a x + b y + … of the terms a, x, b, y, …: coefficients '' or 'b' (any device), tensors 'b ...', in their type.
 
     Half-precision tensors are summed in float32 and rounded once: the coefficients reach from 1e-4 to 1e4.
     """
-    dtype = torch.result_type(x, y)
-    return (expand(a, x) * x + expand(b, x) * y).to(dtype)
+    coefficients, tensors = terms[::2], terms[1::2]
+    total = sum(expand(a, x) * x for a, x in zip(coefficients, tensors, strict=True))
+    return total.to(reduce(torch.promote_types, (x.dtype for x in tensors)))
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
