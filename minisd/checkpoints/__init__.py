@@ -1,0 +1,1 @@
+"""Checkpoint files: safe reading and writing, official names against ours, adapters."""

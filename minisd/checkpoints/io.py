@@ -1,0 +1,128 @@
+"""Checkpoint files: opened without reading their tensors, whatever their format; saved whole or not at all."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisd.checkpoints.containers import Content, read_legacy, read_zip
+from minisd.checkpoints.entries import CheckpointError, Entry, Malformed
+from minisd.checkpoints.identify import what_is, why_unreadable
+from minisd.checkpoints.mapped import MappedFile
+from minisd.checkpoints.safe import read_safetensors, save_safetensors, verify_safetensors
+
+__all__ = ["CheckpointError", "Entry", "TensorFile", "open_tensors", "save_safetensors"]
+
+
+def open_tensors(path: str | os.PathLike) -> TensorFile:
+    """Open a safetensors file or a torch pickle (zip or legacy), told apart by content, never by extension.
+
+    Only the index is read; no code in a pickle is run. CheckpointError for everything that is no such file.
+    """
+    path = os.fspath(path)
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"{path} {reason}")
+    if os.path.getsize(path) == 0:
+        raise CheckpointError(f"{path}: it is empty (0 bytes), as a failed download is: fetch it again")
+    try:
+        file = MappedFile(path)
+        return TensorFile(path, file, _content(file, path))
+    except Malformed as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened and mapped ({error})") from error
+
+
+def _content(file: MappedFile, path: str) -> Content:
+    head = file.bytes(0, 512)
+    if head.startswith(b"PK"):
+        return read_zip(file)
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        return read_legacy(file)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
+        return read_safetensors(file, path)
+    raise Malformed(what_is(head, file.size))
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A read-only mapping name -> tensor over one file. `file[name]` is a view of the file's private map: no copy, read
+    when it is used, and editing it in place never touches the file. It outlives this object.
+
+    Names: those of the mapping under "state_dict" if the file has one, else of everything in it; tensors in nested
+    containers have the path as their name, joined by dots (a bare tensor: ""). `tree` is the whole content with
+    `Entry`s for tensors, `extra` its plain values at the top (global_step, epoch, ...), `metadata` the text that
+    safetensors files carry, `dropped` the names of pickled objects that were not built.
+    """
+
+    def __init__(self, path: str, file: MappedFile, content: Content):
+        self.path, self.format, self.tree = path, content.format, content.tree
+        self.metadata, self.dropped = dict(content.metadata), content.dropped
+        top = content.tree if isinstance(content.tree, dict) else {}
+        plain = str | int | float | bytes
+        self.extra = {name: value for name, value in top.items() if isinstance(value, plain) or value is None}
+        state = top.get("state_dict")
+        self.entries: dict[str, Entry] = {}
+        for name, entry in _flatten(state if isinstance(state, dict) else content.tree, ""):
+            if self.entries.setdefault(name, entry) is not entry:
+                raise Malformed(f"two tensors have the name {name!r}")
+        self._file, self._checksums = file, content.checksums
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.view(self.entry(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __repr__(self) -> str:
+        return f"TensorFile({self.path!r}, {self.format}, {len(self)} tensors)"
+
+    def entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            near = difflib.get_close_matches(name, self.entries, n=1)
+            raise KeyError(f"{self.path} has no tensor {name!r}" + (f"; near: {near[0]!r}" if near else ""))
+        return self.entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entry(name).dtype
+
+    def read(self, name: str | Entry, dtype: torch.dtype | None = None) -> Tensor:
+        """A contiguous tensor of its own, converted on the way; memory beyond the result stays within 16 MiB."""
+        return self._file.read(name if isinstance(name, Entry) else self.entry(name), dtype)
+
+    def verify(self) -> bool:
+        """Read the whole file against its checksums; CheckpointError where they differ, False if it has none."""
+        for record, (offset, nbytes, crc) in self._checksums.items():
+            found = 0
+            for chunk in self._file.chunks(offset, nbytes):
+                found = zlib.crc32(chunk, found)
+            if found != crc:
+                raise CheckpointError(f"{self.path}: {record} does not match its checksum: damaged, fetch it again")
+        if self._checksums:
+            return True
+        try:
+            return verify_safetensors(self._file, self.entries, self.metadata)
+        except Malformed as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+
+def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Entry]]:
+    if isinstance(tree, Entry):
+        yield prefix.removesuffix("."), tree
+    elif isinstance(tree, dict | list | tuple):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _flatten(value, f"{prefix}{name}.")

@@ -1,0 +1,84 @@
+"""The bytes of one file: as tensors on a private map, or read straight into memory of our own."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from minisd.checkpoints.entries import Entry
+
+CHUNK = 16 << 20  # bytes; bounds what a conversion holds besides its result
+
+
+class MappedFile:
+    """One open file. Reading never writes to it, and replacing it on disk does not disturb tensors already taken."""
+
+    def __init__(self, path: str):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()  # seek and read are two calls
+        # Copy-on-write: a tensor edited in place changes its own pages, never the file. The map is never closed by
+        # hand: every tensor holds a reference to it, and it goes away with the last of them.
+        self.map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.size = len(self.map)
+
+    def view(self, entry: Entry) -> Tensor:
+        """The tensor on the map itself: nothing is read before it is used. Copied only where it is misaligned."""
+        if entry.numel == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.offset % entry.dtype.itemsize:
+            return self.read(entry)
+        count = entry.nbytes // entry.dtype.itemsize
+        flat = torch.frombuffer(self.map, dtype=entry.dtype, count=count, offset=entry.offset)
+        return flat.as_strided(entry.shape, entry.stride)
+
+    def read(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
+        """A contiguous tensor of its own, converted chunk by chunk; leaves no page of the map resident."""
+        dtype = dtype or entry.dtype
+        if not entry.is_contiguous:
+            stored = torch.empty(entry.nbytes // entry.dtype.itemsize, dtype=entry.dtype)
+            self._read_into(stored, entry.offset)
+            return stored.as_strided(entry.shape, entry.stride).to(dtype).contiguous()
+        out = torch.empty(entry.shape, dtype=dtype)
+        flat = out.view(-1)
+        if dtype == entry.dtype:
+            self._read_into(flat, entry.offset)
+            return out
+        step = CHUNK // entry.dtype.itemsize
+        buffer = torch.empty(min(step, entry.numel), dtype=entry.dtype)
+        for start in range(0, entry.numel, step):
+            part = buffer[: entry.numel - start]
+            self._read_into(part, entry.offset + start * entry.dtype.itemsize)
+            flat[start : start + step].copy_(part)
+        return out
+
+    def bytes(self, offset: int, nbytes: int) -> bytes:
+        """Up to nbytes from offset on; fewer at the end of the file."""
+        with self._lock:
+            self._file.seek(offset)
+            data = bytearray()
+            while len(data) < nbytes and (part := self._file.read(nbytes - len(data))):
+                data += part
+        return bytes(data)
+
+    def chunks(self, offset: int, nbytes: int) -> Iterator[bytes]:
+        """The same bytes in pieces of at most CHUNK."""
+        for start in range(offset, offset + nbytes, CHUNK):
+            yield self.bytes(start, min(CHUNK, offset + nbytes - start))
+
+    def _read_into(self, flat: Tensor, offset: int) -> None:
+        if flat.numel() == 0:
+            return
+        view = memoryview(flat.view(torch.uint8).numpy())
+        with self._lock:
+            self._file.seek(offset)
+            while view:
+                count = self._file.readinto(view)
+                if not count:
+                    raise OSError(f"{self._file.name}: the file became shorter while it was being read")
+                view = view[count:]
