@@ -1,4 +1,4 @@
-"""Ancestral sampling (Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", algorithm 2), on any timesteps."""
+"""Ancestral sampling (Ho et al. 2020, "Denoising Diffusion Probabilistic Models", algorithm 2), on any timesteps."""
 
 from collections.abc import Iterator
 from typing import Literal

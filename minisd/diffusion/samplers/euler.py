@@ -28,18 +28,16 @@ def euler(
 ) -> Iterator[Step]:
     """Walk x down the falling timesteps and on to σ = 0; without churn this is ddim with a final ᾱ of 1.
 
-    s_churn > 0 adds noise, s_noise times N(0, I), before each step at σ in [s_tmin, s_tmax] and so makes the sampler
-    stochastic; spread over the steps, it may raise σ by √2 - 1 of itself at most. noise: see `ddim`.
+    s_churn > 0, shared out among the steps, makes the sampler stochastic: before each step at σ in [s_tmin, s_tmax] it
+    raises σ, by 41 % at most, with s_noise times the noise that this takes. noise: see `ddim`.
     """
     noise = noise or torch.randn_like
     moves = list(descent(schedule, timesteps, end=1.0))
     for t, t_prev, abar_t, abar_prev in moves:
-        sigma = sigma_from_abar(abar_t)
-        gamma = min(s_churn / len(moves), math.sqrt(2) - 1) * ((s_tmin <= sigma) & (sigma <= s_tmax))
+        gamma = churn_rate(abar_t, s_churn / len(moves), s_tmin, s_tmax)
         t_hat, abar_hat = t, abar_t
         if gamma.any():
-            t_hat, abar_hat = churned_time(sigma * (1 + gamma), schedule)
-            x = churn(x, abar_t, abar_hat, s_noise * noise(x))
+            x, t_hat, abar_hat = churn(x, s_noise * noise(x), abar_t, gamma, schedule)
         prediction = as_prediction(model(x, t_hat), x, t_hat, schedule)
         x = euler_step(x, prediction.eps, abar_hat, abar_prev)
         yield Step(x, prediction.x_0, t, t_prev)
@@ -51,13 +49,23 @@ def euler_step(x: Tensor, eps: Tensor, abar_t: Tensor, abar_prev: Tensor) -> Ten
     return weighted_sum((abar_prev / abar_t).sqrt(), x, abar_prev.sqrt() * d_sigma, eps)
 
 
-def churn(x: Tensor, abar_t: Tensor, abar_hat: Tensor, noise: Tensor) -> Tensor:
-    """Raise the noise in x from σ_t to σ_hat (EDM, algorithm 2, line 6). noise ~ N(0, I); ᾱ_hat <= ᾱ_t."""
-    added = (sigma_from_abar(abar_hat) ** 2 - sigma_from_abar(abar_t) ** 2).sqrt()
-    return weighted_sum((abar_hat / abar_t).sqrt(), x, abar_hat.sqrt() * added, noise)
+def churn_rate(abar_t: Tensor, most: float, s_tmin: float, s_tmax: float) -> Tensor:
+    """γ, the share by which σ is raised before a step: `most`, up to √2 - 1, where s_tmin <= σ <= s_tmax, else 0."""
+    if most < 0:
+        raise ValueError("s_churn is negative: it is 0 (no noise is added) or more")
+    sigma = sigma_from_abar(abar_t)
+    return min(most, math.sqrt(2) - 1) * ((s_tmin <= sigma) & (sigma <= s_tmax)).to(sigma)
 
 
-def churned_time(sigma: Tensor, schedule: Schedule) -> tuple[Time, Tensor]:
-    """The real t and the ᾱ of a σ. Above the schedule's largest σ the model is told T-1, as in k-diffusion."""
-    t = schedule.t_from_sigma(sigma.clamp(max=schedule.sigmas[-1]))
-    return t if t.ndim else t.item(), 1 / (1 + sigma**2)
+def churn(x: Tensor, noise: Tensor, abar_t: Tensor, gamma: Tensor, schedule: Schedule) -> tuple[Tensor, Time, Tensor]:
+    """(x, t, ᾱ) at σ_hat = (1 + γ) σ_t: x/√ᾱ gains √(σ_hat² - σ_t²) noise (algorithm 2, lines 5 and 6).
+
+    Where σ_hat is above the schedule's largest σ the model is told the time T-1, as in k-diffusion.
+    """
+    sigma = sigma_from_abar(abar_t)
+    sigma_hat = (1 + gamma) * sigma
+    abar_hat = 1 / (1 + sigma_hat**2)
+    added = (sigma_hat**2 - sigma**2).sqrt()
+    x_hat = weighted_sum((abar_hat / abar_t).sqrt(), x, abar_hat.sqrt() * added, noise)
+    t_hat = schedule.t_from_sigma(sigma_hat.clamp(max=schedule.sigmas[-1]))
+    return x_hat, t_hat if t_hat.ndim else t_hat.item(), abar_hat

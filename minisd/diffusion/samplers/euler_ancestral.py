@@ -22,7 +22,7 @@ def euler_ancestral(
 ) -> Iterator[Step]:
     """Walk x down the falling timesteps and on to σ = 0, where no noise is added.
 
-    eta in [0, 1], from `euler` to ddpm; s_noise multiplies the noise. With s_noise = 1 this is ddim of the same eta with
+    eta in [0, 1], from `euler` to ddpm; s_noise multiplies the noise. With s_noise = 1 this is ddim of the same eta and
     a final ᾱ of 1. noise: see `ddim`.
     """
     noise = noise or torch.randn_like
@@ -44,8 +44,8 @@ def euler_ancestral_step(
 
 
 def ancestral_sigmas(sigma_t: Tensor, sigma_prev: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """(σ_down, σ_up) with σ_down² + σ_up² = σ_prev²; σ_up² = η² σ_prev² (1 - σ_prev²/σ_t²), DDPM's noise at η = 1."""
+    """(σ_down, σ_up): σ_down² + σ_up² = σ_prev², σ_up² = η² σ_prev² (1 - σ_prev²/σ_t²), DDPM's variance at η = 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it lies in [0, 1], from euler to ddpm")
-    sigma_up = eta * sigma_prev * (1 - (sigma_prev / sigma_t) ** 2).sqrt()
-    return (sigma_prev**2 - sigma_up**2).sqrt(), sigma_up
+    share = eta**2 * (1 - (sigma_prev / sigma_t) ** 2)
+    return sigma_prev * (1 - share).sqrt(), sigma_prev * share.sqrt()

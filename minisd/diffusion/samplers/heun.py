@@ -1,4 +1,4 @@
-"""Heun's method in σ: an Euler step, then the same step with the slope averaged over both its ends (EDM, algorithm 2)."""
+"""Heun's method in σ (EDM, algorithm 2): an Euler step, taken again with the mean of the slopes at its two ends."""
 
 import math
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from minisd.diffusion.prediction import Model, as_prediction
-from minisd.diffusion.samplers.euler import churn, churned_time, euler_step
+from minisd.diffusion.samplers.euler import churn, churn_rate, euler_step
 from minisd.diffusion.samplers.step import Noise, Step, Timesteps, descent, sigma_from_abar
-from minisd.diffusion.schedule import Schedule
+from minisd.diffusion.schedule import Schedule, weighted_sum
 
 
 def heun(
@@ -31,12 +31,10 @@ def heun(
     noise = noise or torch.randn_like
     moves = list(descent(schedule, timesteps, end=1.0))
     for t, t_prev, abar_t, abar_prev in moves:
-        sigma = sigma_from_abar(abar_t)
-        gamma = min(s_churn / len(moves), math.sqrt(2) - 1) * ((s_tmin <= sigma) & (sigma <= s_tmax))
+        gamma = churn_rate(abar_t, s_churn / len(moves), s_tmin, s_tmax)
         t_hat, abar_hat = t, abar_t
         if gamma.any():
-            t_hat, abar_hat = churned_time(sigma * (1 + gamma), schedule)
-            x = churn(x, abar_t, abar_hat, s_noise * noise(x))
+            x, t_hat, abar_hat = churn(x, s_noise * noise(x), abar_t, gamma, schedule)
         prediction = as_prediction(model(x, t_hat), x, t_hat, schedule)
         x_prev = euler_step(x, prediction.eps, abar_hat, abar_prev)
         if t_prev is not None:  # at σ = 0 there is no slope to ask for
@@ -47,5 +45,9 @@ def heun(
 
 
 def heun_step(x: Tensor, eps: Tensor, eps_prev: Tensor, abar_t: Tensor, abar_prev: Tensor) -> Tensor:
-    """x_prev/√ᾱ_prev = x_t/√ᾱ_t + (σ_prev - σ_t) (ε + ε_prev)/2, with ε_prev the model's at the end of an Euler step."""
-    return euler_step(x, (eps + eps_prev) / 2, abar_t, abar_prev)
+    """x_prev/√ᾱ_prev = x_t/√ᾱ_t + (σ_prev - σ_t) (ε + ε_prev)/2; ε_prev is the model's where `euler_step` leads.
+
+    x, eps, eps_prev: 'b c h w'. ᾱ in (0, 1]: float64, '' or 'b'.
+    """
+    half = abar_prev.sqrt() * (sigma_from_abar(abar_prev) - sigma_from_abar(abar_t)) / 2
+    return weighted_sum((abar_prev / abar_t).sqrt(), x, half, eps, half, eps_prev)

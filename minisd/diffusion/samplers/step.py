@@ -41,7 +41,7 @@ def descent(
 ) -> Iterator[tuple[Time, Time | None, Tensor, Tensor]]:
     """(t, t_prev, ᾱ at t, ᾱ at t_prev) of every step; after the last timestep t_prev is None and its ᾱ is `end`.
 
-    timesteps: n numbers, or 'n b' where every image has its own; strictly falling, else ValueError. ᾱ: float64, '' or 'b'.
+    timesteps: n numbers, or 'n b' where every image has its own; ValueError unless they fall. ᾱ: float64, '' or 'b'.
     """
     if isinstance(timesteps, Tensor):
         timesteps = timesteps.tolist() if timesteps.ndim == 1 else list(timesteps)
@@ -50,7 +50,7 @@ def descent(
             raise ValueError(f"timesteps fall from noise to image, but {t_prev} was given after {t}")
     abars = [schedule.alpha_cumprod(t) for t in timesteps]
     end = torch.tensor(end, dtype=torch.float64)
-    yield from zip(timesteps, [*timesteps[1:], None], abars, [*abars[1:], end], strict=True)
+    yield from zip(timesteps, [*timesteps[1:], None], abars, [*abars[1:], end], strict=False)
 
 
 def sigma_from_abar(abar: Tensor) -> Tensor:
