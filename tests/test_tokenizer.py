@@ -88,6 +88,11 @@ def test_cleaned_text_gets_the_ids_of_hugging_face(hugging_face, text):
     assert Tokenizer().encode(text) == hugging_face(clean(text), add_special_tokens=False).input_ids
 
 
+def test_entities_are_decoded_twice_and_once_more_by_ftfy_where_no_tag_stands():
+    assert clean(" <B>  &amp;quot;Ｃａｔ’s&amp;quot;\n&amp;amp;lt;") == '<b> "cat\'s" &lt;'
+    assert clean("&amp;amp;lt;") == "<"
+
+
 def test_raw_text_gets_other_ids_from_hugging_face(hugging_face):
     raw = "a “smart” quote &amp; ｆｕｌｌ width"
 
