@@ -11,7 +11,6 @@ from torch import Tensor
 
 from minisd.diffusion.schedule import Prediction, Schedule, Time
 
-
 Network = Callable[[Tensor, Time], Tensor]
 Model = Callable[[Tensor, Time], Tensor | Prediction]
 

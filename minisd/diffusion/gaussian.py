@@ -1,0 +1,257 @@
+"""Improved DDPM: the reverse process as Gaussians, their learned variances, and the variational bound.
+
+Ho et al. 2020 is "Ho", Nichol & Dhariwal 2021 is "ND". The bound on the negative log-likelihood (Ho eq. 5) is
+
+    L_vlb = KL(q(x_T|x_0) ‖ N(0, I)) + Σ KL(q(x_{t-1}|x_t,x_0) ‖ p(x_{t-1}|x_t)) - log p(x_0|x_1)
+            `prior_term`               `vlb_term`, with q from `posterior` and p from `p_mean_variance`
+
+and every function below is one of its parts, from the inside out. All bounds are in bits per dimension, one per image.
+A step of a chain is named by its index i (int, or LongTensor 'b' on the CPU); the model always receives the time
+t = chain.t(i) of the schedule it was trained on.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minisd.diffusion.prediction import Model, Network, as_prediction
+from minisd.diffusion.schedule import Prediction, Schedule, Time, expand, weighted_sum
+
+Index = int | Tensor
+
+
+class Chain:
+    """The steps of a schedule that are kept, i = 0 the cleanest, with the betas of the jumps between them (ND eq. 19).
+
+    timesteps: distinct times in any order; None keeps all. ᾱ = 1 comes before the first. All tables are float64, 'n'.
+    """
+
+    def __init__(self, schedule: Schedule, timesteps: Sequence[float] | None = None):
+        self.schedule = schedule
+        self.timesteps = torch.tensor(sorted(range(schedule.num_timesteps) if timesteps is None else timesteps))
+        if not len(self.timesteps) or (self.timesteps.diff() <= 0).any():
+            raise ValueError(f"a chain needs distinct times, at least one: {self.timesteps.tolist()}")
+        abar = self.alphas_cumprod = schedule.alpha_cumprod(self.timesteps)
+        prev = self.alphas_cumprod_prev = torch.cat([abar.new_ones(1), abar[:-1]])
+        self.betas = 1 - abar / prev
+        self.posterior_variances = self.betas * (1 - prev) / (1 - abar)  # β̃, Ho eq. 7
+        # β̃_0 = 0 has no logarithm: β̃_1 stands in, as in the original (a chain of one step has only its β).
+        stand_in = self.posterior_variances[1:2] if len(abar) > 1 else self.betas
+        self.log_betas = self.betas.log()
+        self.log_variances = {
+            "small": torch.cat([stand_in, self.posterior_variances[1:]]).log(),
+            "large": torch.cat([stand_in, self.betas[1:]]).log(),
+        }
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def t(self, i: Index) -> Time:
+        """The schedule's time of step i: a number for an int, a tensor 'b' for a tensor."""
+        return self.timesteps[i] if isinstance(i, Tensor) else self.timesteps[i].item()
+
+    def index(self, t: Time) -> Index:
+        """The step whose time is t, the inverse of `t`."""
+        i = torch.searchsorted(self.timesteps, torch.as_tensor(t, device="cpu")).clamp(max=len(self) - 1)
+        if (self.timesteps[i] != torch.as_tensor(t, device="cpu")).any():
+            raise ValueError(f"t = {t} is not a step of this chain of {len(self)}: {self.timesteps.tolist()}")
+        return i if isinstance(t, Tensor) else int(i)
+
+    def q_sample(self, x_0: Tensor, i: Index, noise: Tensor) -> Tensor:
+        """x_i = √ᾱ_i x_0 + √(1-ᾱ_i) ε (Ho eq. 4)."""
+        return self.schedule.q_sample(x_0, self.t(i), noise)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A diagonal Gaussian. mean: 'b ...'; log_variance: anything that broadcasts to it."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+
+def posterior(x_0: Tensor, x_t: Tensor, i: Index, chain: Chain) -> Gaussian:
+    """q(x_{i-1} | x_i, x_0), with mean μ̃ and variance β̃ (Ho eq. 6 and 7)."""
+    c_0, c_t = posterior_weights(chain.alphas_cumprod[i], chain.alphas_cumprod_prev[i])
+    return Gaussian(weighted_sum(c_0, x_0, c_t, x_t), expand(chain.log_variances["small"][i], x_t))
+
+
+def x_0_from_mean(mean: Tensor, x_t: Tensor, i: Index, chain: Chain) -> Tensor:
+    """The x_0 whose posterior has this mean: Ho eq. 7 solved for x_0."""
+    c_0, c_t = posterior_weights(chain.alphas_cumprod[i], chain.alphas_cumprod_prev[i])
+    return weighted_sum(1 / c_0, mean, -c_t / c_0, x_t)
+
+
+def posterior_weights(abar_t: Tensor, abar_prev: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of x_0 and x_t in μ̃ (Ho eq. 7), float64: √ᾱ_prev β/(1-ᾱ_t) and √α (1-ᾱ_prev)/(1-ᾱ_t)."""
+    alpha = abar_t / abar_prev
+    return abar_prev.sqrt() * (1 - alpha) / (1 - abar_t), alpha.sqrt() * (1 - abar_prev) / (1 - abar_t)
+
+
+def learned_range(o: Tensor, i: Index, chain: Chain) -> Tensor:
+    """log Σ = v log β + (1-v) log β̃ with v = (o+1)/2 (ND eq. 15). o: the network's second half of channels, not
+    bounded to [-1, 1]."""
+    high, low = expand(chain.log_betas[i], o), expand(chain.log_variances["small"][i], o)
+    v = (o + 1) / 2
+    return v * high + (1 - v) * low
+
+
+Predicts = Literal["eps", "x_0", "v", "previous_x"]
+LearnedVariance = Literal["learned", "learned_range"]
+
+
+def read(
+    output: Tensor,
+    x_t: Tensor,
+    i: Index,
+    chain: Chain,
+    *,
+    predicts: Predicts = "eps",
+    variance: LearnedVariance | None = None,
+) -> Prediction:
+    """A network's raw output as a Prediction. output: 'b c ...', or 'b 2c ...' with a learned variance behind.
+
+    "learned" is log Σ itself, "learned_range" goes through ND eq. 15; None leaves the choice to `p_mean_variance`.
+    """
+    if variance not in (None, "learned", "learned_range"):
+        raise ValueError(f"unknown learned variance {variance!r}; known: None, learned, learned_range")
+    channels = x_t.shape[1] * (1 if variance is None else 2)
+    if output.shape[1] != channels:
+        raise ValueError(f"the network gave {output.shape[1]} channels; with variance {variance!r} it is {channels}")
+    # Under autocast the network's output is less precise than x_t; logarithms and differences are not taken there.
+    output, o = output.to(x_t.dtype)[:, : x_t.shape[1]], output.to(x_t.dtype)[:, x_t.shape[1] :]
+    log_variance = None if variance is None else o if variance == "learned" else learned_range(o, i, chain)
+    schedule, t = chain.schedule, chain.t(i)
+    match predicts:
+        case "eps":
+            return Prediction(output, schedule.x_0_from_eps(x_t, t, output), log_variance)
+        case "x_0":
+            return Prediction(schedule.eps_from_x_0(x_t, t, output), output, log_variance)
+        case "v":
+            eps, x_0 = schedule.eps_from_v(x_t, t, output), schedule.x_0_from_v(x_t, t, output)
+            return Prediction(eps, x_0, log_variance)
+        case "previous_x":
+            x_0 = x_0_from_mean(output, x_t, i, chain)
+            return Prediction(schedule.eps_from_x_0(x_t, t, x_0), x_0, log_variance, mean=output)
+    raise ValueError(f"a network cannot predict {predicts!r}; known: eps, x_0, v, previous_x")
+
+
+def from_network(
+    network: Network, chain: Chain, *, predicts: Predicts = "eps", variance: LearnedVariance | None = None
+) -> Model:
+    """The network as a sampler's model on the times of this chain; `read` explains the two kinds."""
+    return lambda x_t, t: read(network(x_t, t), x_t, chain.index(t), chain, predicts=predicts, variance=variance)
+
+
+FixedVariance = Literal["small", "large"]
+
+
+def p_mean_variance(
+    prediction: Prediction, x_t: Tensor, i: Index, chain: Chain, *, variance: FixedVariance = "small"
+) -> Gaussian:
+    """p(x_{i-1} | x_i): the posterior at the predicted x_0 (Ho eq. 11).
+
+    variance, where the prediction has none: "small" is β̃, right for one known x_0; "large" is β, right for
+    x_0 ~ N(0, I) (Ho section 3.2); β̃_1 stands in for the first of either. To draw x_{i-1}, add exp(log_variance / 2)
+    times noise to the mean; none at i = 0.
+    """
+    if variance not in chain.log_variances:
+        raise ValueError(f"unknown fixed variance {variance!r}; known: {', '.join(chain.log_variances)}")
+    mean, log_variance = prediction.mean, prediction.log_variance
+    if mean is None:
+        mean = posterior(prediction.x_0, x_t, i, chain).mean
+    if log_variance is None:
+        log_variance = expand(chain.log_variances[variance][i], x_t)
+    return Gaussian(mean, log_variance)
+
+
+def kl(q: Gaussian, p: Gaussian) -> Tensor:
+    """KL(q ‖ p) of every element, in nats."""
+    log_ratio = p.log_variance - q.log_variance
+    return 0.5 * (log_ratio - 1 + (-log_ratio).exp() + (q.mean - p.mean) ** 2 * (-p.log_variance).exp())
+
+
+def standard_normal_cdf(x: Tensor) -> Tensor:
+    """Φ(x) to 3e-4, as improved DDPM approximates it: published bits per dimension rest on it."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretized_log_likelihood(x_0: Tensor, p: Gaussian) -> Tensor:
+    """log p of every element of an 8-bit image, in nats (Ho eq. 13). x_0 in [-1, 1], 255 levels apart by 2/255.
+
+    The bins are ±1/255 wide; the first and the last are open to -∞ and ∞. Probabilities are kept above 1e-12.
+    """
+    centered, inverse_std = x_0 - p.mean, (-0.5 * p.log_variance).exp()
+    below = standard_normal_cdf((centered - 1 / 255) * inverse_std)
+    above = standard_normal_cdf((centered + 1 / 255) * inverse_std)
+    probability = torch.where(x_0 < -0.999, above, torch.where(x_0 > 0.999, 1 - below, above - below))
+    return probability.clamp(min=1e-12).log()
+
+
+def vlb_term(
+    prediction: Prediction, x_0: Tensor, x_t: Tensor, i: Index, chain: Chain, *, variance: FixedVariance = "small"
+) -> Tensor:
+    """L_{i-1} of Ho eq. 5, bits per dimension, 'b': a KL for i > 0, at i = 0 the decoder's negative log-likelihood."""
+    p = p_mean_variance(prediction, x_t, i, chain, variance=variance)
+    divergence = kl(posterior(x_0, x_t, i, chain), p)
+    decoder = -discretized_log_likelihood(x_0, p)
+    return bits_per_dim(torch.where(expand(torch.as_tensor(i), x_0) == 0, decoder, divergence))
+
+
+def prior_term(x_0: Tensor, chain: Chain) -> Tensor:
+    """L_T of Ho eq. 5, bits per dimension, 'b': what x_T still knows of x_0. Nothing in it can be trained."""
+    abar, standard = chain.alphas_cumprod[-1], Gaussian(torch.zeros(()), torch.zeros(()))
+    return bits_per_dim(kl(Gaussian(expand(abar.sqrt(), x_0) * x_0, expand((1 - abar).log(), x_0)), standard))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on -log p(x_0) in bits per dimension: total = prior + the sum of vlb over the chain.
+
+    total, prior: 'b'. vlb, and the mean square errors of the model's x_0 and ε: 'b n', by step i.
+    """
+
+    total: Tensor
+    prior: Tensor
+    vlb: Tensor
+    x_0_mse: Tensor
+    eps_mse: Tensor
+
+
+@torch.no_grad()
+def variational_bound(
+    model: Model,
+    x_0: Tensor,
+    chain: Chain,
+    *,
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    variance: FixedVariance = "small",
+) -> Bound:
+    """All of Ho eq. 5, by one draw of x_i ~ q(x_i | x_0) for every step, from the noisiest down.
+
+    x_0: 8-bit pixels in [-1, 1], so the model is usually `clipped`. noise(x_0) draws the next ε.
+    """
+    terms = []
+    for i in reversed(range(len(chain))):
+        eps = noise(x_0)
+        x_t = chain.q_sample(x_0, i, eps)
+        prediction = as_prediction(model(x_t, chain.t(i)), x_t, chain.t(i), chain.schedule)
+        vlb = vlb_term(prediction, x_0, x_t, i, chain, variance=variance)
+        terms.append((vlb, per_image((prediction.x_0 - x_0) ** 2), per_image((prediction.eps - eps) ** 2)))
+    vlb, x_0_mse, eps_mse = (torch.stack(term[::-1], dim=1) for term in zip(*terms, strict=True))
+    prior = prior_term(x_0, chain)
+    return Bound(prior + vlb.sum(dim=1), prior, vlb, x_0_mse, eps_mse)
+
+
+def per_image(x: Tensor) -> Tensor:
+    """The mean over everything but the batch, 'b'."""
+    return x.flatten(1).mean(dim=1)
+
+
+def bits_per_dim(nats: Tensor) -> Tensor:
+    """Elementwise nats as bits per dimension, 'b'."""
+    return per_image(nats) / math.log(2)
