@@ -1,0 +1,134 @@
+"""Saving, the inverse of loading: in the original's layout or as a diffusers folder, bit for bit, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from minisd.checkpoints.diffusers_layout import (
+    EXTRA,
+    SUBFOLDERS,
+    WEIGHTS,
+    component_json,
+    model_index_json,
+    scheduler_json,
+)
+from minisd.checkpoints.io import save_safetensors
+from minisd.checkpoints.keymaps import KeyMap, give, keymap
+from minisd.checkpoints.load import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY, Checkpoint
+from minisd.models.tokenizer import Tokenizer
+
+Layout = Literal["ldm", "diffusers"]
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike, *, layout: Layout = "ldm") -> list[str]:
+    """Write the whole model: one .safetensors file ("ldm") or a diffusers folder, with its config in the metadata.
+
+    An old file is replaced only once the new one is complete; an existing folder that is not empty is refused.
+    Returns lines that say what was written and what the layout holds only in the extra file.
+    """
+    if layout == "ldm":
+        return _save_file(checkpoint, Path(path))
+    if layout == "diffusers":
+        return _save_folder(checkpoint, Path(path))
+    raise ValueError(f"layout={layout!r}; allowed: ldm, diffusers")
+
+
+def _save_file(checkpoint: Checkpoint, path: Path) -> list[str]:
+    if path.is_dir():
+        raise ValueError(
+            f'{path} is a folder; layout "ldm" is one file: give a name such as {path / "model.safetensors"}'
+        )
+    tensors = dict(checkpoint.extras)
+    for name, network in checkpoint.networks.items():
+        tensors |= ldm_tensors(name, network)
+    save_safetensors(path, tensors, metadata(checkpoint))
+    return [f"{path}: {len(tensors)} tensors, original layout"]
+
+
+def ldm_tensors(name: str, network: nn.Module, keep: set[str] | None = None) -> dict[str, Tensor]:
+    """A network's tensors under their names in the original's single files; only our names in `keep`, if given."""
+    dialect = "ldm"
+    if name == "text":
+        dialect = "openclip" if network.config.activation == "gelu" else "hf"
+    elif name == "vision":
+        dialect = "openclip"
+    prefix = PREFIXES[name, dialect] if name == "text" else PREFIXES[name]
+    names = keymap(network, dialect)
+    return {prefix + key: t for key, t in _given(network, names, keep).items()}
+
+
+def _given(network: nn.Module, names: KeyMap, keep: set[str] | None = None) -> dict[str, Tensor]:
+    chosen = {ours: source for ours, source in names.items() if keep is None or ours in keep}
+    return {key: tensor.detach() for key, tensor in give(network.state_dict(), chosen).items()}
+
+
+def _save_folder(checkpoint: Checkpoint, path: Path) -> list[str]:
+    """Everything into a folder beside, which is then renamed."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already and is not an empty folder: give a new name, or remove it first")
+    temporary = path.resolve().parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir()
+        extra = _write_folder(checkpoint, temporary)
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} (nothing was changed)", os.fspath(path)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    lines = [f"{path}: {len(checkpoint.networks)} networks, diffusers layout"]
+    if extra:
+        lines.append(f"{EXTRA} keeps {len(extra)} tensors that this layout cannot hold, first: {sorted(extra)[0]}")
+    return lines
+
+
+def _write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    config, extra = checkpoint.config, dict(checkpoint.extras)
+    for name, network in checkpoint.networks.items():
+        names = keymap(network, "hf" if name in ("text", "vision") else "diffusers")
+        if name == "text":
+            unheld = _not_in_diffusers(network, names)
+            extra |= ldm_tensors(name, network, keep=unheld) if unheld else {}
+            names = {ours: source for ours, source in names.items() if ours not in unheld}
+        place = folder / SUBFOLDERS[name]
+        place.mkdir()
+        save_safetensors(place / f"{WEIGHTS[name]}.safetensors", _given(network, names), {"format": "pt"})
+        _write_json(place / "config.json", component_json(name, config))
+    tokenizer = Tokenizer(length=config.text.length, pad_id=config.text.pad_id, added_tokens=checkpoint.added_tokens)
+    (folder / "tokenizer").mkdir()
+    for name, text in tokenizer.files().items():
+        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(config))
+    _write_json(folder / "model_index.json", model_index_json(config))
+    save_safetensors(folder / EXTRA, extra, metadata(checkpoint))
+    return list(extra)
+
+
+def _not_in_diffusers(text: nn.Module, names: KeyMap) -> set[str]:
+    """Ours of the text encoder that a CLIPTextModel of the layers that are run has no place for."""
+    run = text.config.layers - text.config.skip
+    unused = tuple(f"blocks.{i}." for i in range(run, text.config.layers))
+    return {ours for ours in names if ours.startswith((*unused, "projection"))}
+
+
+def metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
+    result = {"format": "pt", CONFIG_KEY: checkpoint.config.to_json(), EVIDENCE_KEY: checkpoint.prediction_evidence}
+    if checkpoint.global_step is not None:
+        result[STEP_KEY] = str(checkpoint.global_step)
+    if checkpoint.added_tokens:
+        result[TOKENS_KEY] = json.dumps(checkpoint.added_tokens)
+    return result
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
