@@ -8,6 +8,11 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "attention": "minisd.kernels",
+    "Conditioning": "minisd.models.unet",
+    "load": "minisd.pipeline",
+    "load_controlnet": "minisd.pipeline",
+    "StableDiffusion": "minisd.pipeline",
     "Schedule": "minisd.diffusion.schedule",
     "linear_betas": "minisd.diffusion.schedule",
     "scaled_linear_betas": "minisd.diffusion.schedule",

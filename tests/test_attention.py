@@ -1,0 +1,78 @@
+"""softmax(q kᵀ · scale) v: every implementation is the formula."""
+
+import pytest
+import torch
+
+from minisd import attention
+from minisd.kernels import IMPLEMENTATIONS
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # rounding of dtype
+
+
+def by_hand(q, k, v, causal, scale):
+    """Written out in float64, one query at a time."""
+    out = torch.empty_like(q, dtype=torch.float64)
+    for n in range(q.shape[1]):
+        last = n + 1 if causal else k.shape[1]
+        scores = (q[:, n, None].double() * k[:, :last].double()).sum(-1) * scale
+        out[:, n] = (scores.softmax(1)[..., None] * v[:, :last].double()).sum(1)
+    return out
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("n", "m", "i", "d", "causal", "scale"),
+    [
+        (16, 16, 2, 40, False, None),
+        (16, 77, 8, 40, False, None),
+        (33, 7, 1, 64, False, 0.3),
+        (1, 1, 3, 8, False, None),
+        (12, 12, 2, 16, True, None),
+        (9, 9, 1, 512, False, None),
+    ],
+)
+def test_every_attention_impl_agrees(impl, dtype, n, m, i, d, causal, scale):
+    g = torch.Generator().manual_seed(n * m + d)
+    q = torch.randn(2, n, i, d, generator=g).to(dtype)
+    k, v = (torch.randn(2, m, i, d, generator=g).to(dtype) for _ in range(2))
+    out = attention(q, k, v, causal=causal, scale=scale, impl=impl)
+    assert out.dtype == dtype
+    assert out.shape == q.shape
+    expected = by_hand(q, k, v, causal, d**-0.5 if scale is None else scale)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_every_attention_impl_has_the_right_gradients(impl):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 5, generator=g, dtype=torch.float64, requires_grad=True) for n in (4, 6, 6))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, impl=impl), (q, k, v))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_views_of_a_packed_product_are_taken_as_they_are(impl):
+    packed = torch.randn(2, 10, 3 * 4 * 8, generator=torch.Generator().manual_seed(1))
+    q, k, v = (x.unflatten(-1, (4, 8)) for x in packed.chunk(3, dim=-1))
+    expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), impl="naive")
+    torch.testing.assert_close(attention(q, k, v, impl=impl), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scores_near_minus_200_do_not_vanish(impl):
+    q = torch.full((1, 3, 1, 4), 10.0)
+    k = -q + torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(2)) * 0.1
+    v = torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(3))
+    expected = by_hand(q, k, v, False, 0.5)
+    torch.testing.assert_close(attention(q, k, v, impl=impl).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_an_unknown_impl_is_refused_with_the_known_ones():
+    q = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(ValueError, match="unknown attention impl 'flash'; known: auto, naive, sdpa"):
+        attention(q, q, q, impl="flash")
+
+
+def test_shapes_that_do_not_fit_are_refused_in_words():
+    with pytest.raises(ValueError, match="attention takes q 'b n i d'"):
+        attention(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 5), torch.zeros(1, 2, 1, 5))
