@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from minisd.checkpoints.entries import Malformed
@@ -44,7 +45,8 @@ def read_zip(file: MappedFile) -> Content:
     if size > MAX_BYTES:
         raise Malformed(f"its pickle has {size >> 20} MiB, more than the {MAX_BYTES >> 20} allowed")
     data = file.bytes(offset, size)
-    if zlib.crc32(data) != crc:
+    summed = any(crc for _, _, crc in records.values())  # torch.serialization.set_crc32_options(False) writes zeros
+    if summed and zlib.crc32(data) != crc:
         raise Malformed("its pickle does not match its checksum: the file is damaged, fetch it again")
     if top + "byteorder" in records and file.bytes(*records[top + "byteorder"][:2]) != b"little":
         raise Malformed("its byte order is not little-endian: convert it on the machine that wrote it")
@@ -57,7 +59,7 @@ def read_zip(file: MappedFile) -> Content:
             raise Malformed(f"storage {key} should have {storage.nbytes:,} bytes and " + _found(size))
         starts[key] = offset
     tree = settle(machine.value, starts, machine.dropped)
-    return Content("torch zip", tree, dropped=tuple(sorted(machine.dropped)), checksums=records)
+    return Content("torch zip", tree, dropped=tuple(sorted(machine.dropped)), checksums=records if summed else {})
 
 
 def _found(size: int) -> str:
@@ -67,42 +69,42 @@ def _found(size: int) -> str:
 def _zip_records(file: MappedFile) -> dict[str, tuple[int, int, int]]:
     """name -> (offset of its bytes, nbytes, CRC-32), the central directory held against every local header."""
     try:
-        archive = zipfile.ZipFile(file.map)
+        archive = zipfile.ZipFile(file.raw)
         listed = archive.infolist()
     except Exception as error:  # zipfile raises far more than BadZipFile on damaged directories
         raise Malformed(f"its zip directory is missing or damaged ({error}); {_CUT_SHORT}") from error
     records = {}
     for info in listed:
-        name = info.orig_filename
-        header = file.bytes(info.header_offset, 30) if 0 <= info.header_offset < file.size else b""
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise Malformed(f"record {name!r} is not where the zip directory says; {_CUT_SHORT}")
-        _, flags, method, _, _, crc, _, size, name_size, extra_size = struct.unpack("<5H3I2H", header[4:])
-        if method != zipfile.ZIP_STORED or info.compress_type != zipfile.ZIP_STORED or flags & 1:
-            raise Malformed(f"record {name!r} is compressed or encrypted: unpack the zip and pack it with `zip -0 -r`")
-        offset = info.header_offset + 30 + name_size + extra_size
-        end = offset + info.file_size
-        encoding = "utf-8" if flags & 0x800 else "cp437"
-        stated = {(crc, size) if not flags & 8 else None, (info.CRC, info.file_size), (info.CRC, 0xFFFFFFFF)}
-        agrees = (
-            file.bytes(info.header_offset + 30, name_size).decode(encoding, "replace") == name
-            and flags == info.flag_bits
-            and info.file_size == info.compress_size
-            and end <= min(archive.start_dir, file.size)
-            and (_descriptor_agrees(file.bytes(end, 24), info.CRC) if flags & 8 else (crc, size) in stated)
-            and name not in records
-        )
-        if not agrees:
-            raise Malformed(f"the zip directory and record {name!r} disagree: the file is damaged, fetch it again")
+        name, offset = info.orig_filename, _local_offset(file, info)
+        if name in records or offset + info.file_size > archive.start_dir:
+            raise Malformed(f"record {name!r} occurs twice or ends outside the file; {_CUT_SHORT}")
         records[name] = (offset, info.file_size, info.CRC)
+    spans = sorted((offset, offset + size) for offset, size, _ in records.values())
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+        raise Malformed("records of the zip overlap: the file is damaged, fetch it again")
     return records
 
 
-def _descriptor_agrees(tail: bytes, crc: int) -> bool:
-    """Torch streams its records: checksum and sizes follow the bytes, which also proves where the bytes end."""
-    return (
-        crc.to_bytes(4, "little") == tail[4:8] if tail[:4] == b"PK\x07\x08" else tail[:4] == crc.to_bytes(4, "little")
-    )
+def _local_offset(file: MappedFile, info: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin by its local header, which must say the same as the central directory."""
+    name = info.orig_filename
+    header = file.bytes(info.header_offset, 30) if 0 <= info.header_offset < file.size else b""
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise Malformed(f"record {name!r} is not where the zip directory says; {_CUT_SHORT}")
+    _, flags, method, _, _, crc, _, size, name_size, extra_size = struct.unpack("<5H3I2H", header[4:])
+    if (method, info.compress_type, flags & 1) != (zipfile.ZIP_STORED, zipfile.ZIP_STORED, 0):
+        raise Malformed(f"record {name!r} is compressed or encrypted: unpack the zip and pack it with `zip -0 -r`")
+    offset = info.header_offset + 30 + name_size + extra_size
+    if offset + info.file_size > file.size:
+        raise Malformed(f"record {name!r} ends outside the file; {_CUT_SHORT}")
+    if flags & 8:  # torch streams its records: checksum and sizes follow the bytes, and prove where they end
+        tail = file.bytes(offset + info.file_size, 8)
+        crc, size = int.from_bytes(tail[4:8] if tail[:4] == b"PK\x07\x08" else tail[:4], "little"), info.file_size
+    named = file.bytes(info.header_offset + 30, name_size).decode("utf-8" if flags & 0x800 else "cp437", "replace")
+    same = named == name and flags == info.flag_bits and info.file_size == info.compress_size
+    if not same or crc != info.CRC or size not in (info.file_size, 0xFFFFFFFF):
+        raise Malformed(f"the zip directory and record {name!r} disagree: the file is damaged, fetch it again")
+    return offset
 
 
 def read_legacy(file: MappedFile) -> Content:

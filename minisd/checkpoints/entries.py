@@ -73,7 +73,10 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements between a strided tensor's first and last, both counted. Malformed where elements would overlap."""
+    """Elements between a strided tensor's first and last, both counted. Malformed for what torch cannot hold
+    and for elements that overlap, which a few bytes of file could blow up to any size."""
+    if len(shape) > 64 or prod(size for size in shape if size) >= 1 << 62:
+        raise Malformed("a tensor has more dimensions or elements than torch can count")
     if 0 in shape:
         return 0
     reach = 1

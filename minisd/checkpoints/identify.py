@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 
@@ -45,6 +46,14 @@ def why_unreadable(path: str) -> str | None:
     return None
 
 
+def _is_text(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character cut in two at the end is no error
+    except UnicodeDecodeError:
+        return False
+    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
+
+
 def what_is(head: bytes, size: int) -> str:
     """A sentence about a file that begins with head and is no checkpoint of a known kind."""
     for magic, sentence in _MAGIC:
@@ -57,6 +66,6 @@ def what_is(head: bytes, size: int) -> str:
         return f"it is a web page, such as a log-in or error page in place of the file: {_FETCH}"
     if not any(head):
         return f"it begins with {len(head)} zero bytes, as an unfinished download does: {_FETCH}"
-    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+    if _is_text(head):
         return f"it is a text of {size:,} bytes beginning {head[:60].decode('utf-8', 'replace')!r}: {_FETCH}"
     return f"it begins with the bytes {head[:8].hex(' ')}, which no checkpoint does: {_FETCH}"

@@ -41,12 +41,12 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 
 def _content(file: MappedFile, path: str) -> Content:
     head = file.bytes(0, 512)
-    if head.startswith(b"PK"):
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:  # first: the length may spell PK or a pickle
+        return read_safetensors(file, path)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return read_zip(file)
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return read_legacy(file)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
-        return read_safetensors(file, path)
     raise Malformed(what_is(head, file.size))
 
 
@@ -71,6 +71,9 @@ class TensorFile(Mapping[str, Tensor]):
         for name, entry in _flatten(state if isinstance(state, dict) else content.tree, ""):
             if self.entries.setdefault(name, entry) is not entry:
                 raise Malformed(f"two tensors have the name {name!r}")
+        if self.dropped and not self.entries:
+            objects = ", ".join(self.dropped[:3])
+            raise Malformed(f"it holds pickled objects ({objects}) and no tensors: save a state_dict() instead")
         self._file, self._checksums = file, content.checksums
 
     def __getitem__(self, name: str) -> Tensor:
@@ -101,7 +104,7 @@ class TensorFile(Mapping[str, Tensor]):
         return self.entry(name).dtype
 
     def read(self, name: str | Entry, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous tensor of its own, converted on the way; memory beyond the result stays within 16 MiB."""
+        """A contiguous tensor of its own, converted on the way; memory beyond the result stays within a few MiB."""
         return self._file.read(name if isinstance(name, Entry) else self.entry(name), dtype)
 
     def verify(self) -> bool:

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from minisd.checkpoints.entries import Entry
 
-CHUNK = 16 << 20  # bytes; bounds what a conversion holds besides its result
+CHUNK = 4 << 20  # bytes; bounds what a conversion holds besides its result
 
 
 class MappedFile:
     """One open file. Reading never writes to it, and replacing it on disk does not disturb tensors already taken."""
 
     def __init__(self, path: str):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
-        weakref.finalize(self, self._file.close)
+        self.raw = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
+        weakref.finalize(self, self.raw.close)
         self._lock = threading.Lock()  # seek and read are two calls
         # Copy-on-write: a tensor edited in place changes its own pages, never the file. The map is never closed by
         # hand: every tensor holds a reference to it, and it goes away with the last of them.
-        self.map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.map = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_COPY)
         self.size = len(self.map)
 
     def view(self, entry: Entry) -> Tensor:
@@ -40,6 +40,8 @@ class MappedFile:
     def read(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor of its own, converted chunk by chunk; leaves no page of the map resident."""
         dtype = dtype or entry.dtype
+        if entry.numel == 0:
+            return torch.empty(entry.shape, dtype=dtype)
         if not entry.is_contiguous:
             stored = torch.empty(entry.nbytes // entry.dtype.itemsize, dtype=entry.dtype)
             self._read_into(stored, entry.offset)
@@ -50,7 +52,9 @@ class MappedFile:
             self._read_into(flat, entry.offset)
             return out
         step = CHUNK // entry.dtype.itemsize
-        buffer = torch.empty(min(step, entry.numel), dtype=entry.dtype)
+        # A map of its own goes back to the system at once; freed by malloc, such buffers pile up between the results.
+        scratch = mmap.mmap(-1, min(CHUNK, entry.nbytes))
+        buffer = torch.frombuffer(scratch, dtype=entry.dtype)
         for start in range(0, entry.numel, step):
             part = buffer[: entry.numel - start]
             self._read_into(part, entry.offset + start * entry.dtype.itemsize)
@@ -60,9 +64,9 @@ class MappedFile:
     def bytes(self, offset: int, nbytes: int) -> bytes:
         """Up to nbytes from offset on; fewer at the end of the file."""
         with self._lock:
-            self._file.seek(offset)
+            self.raw.seek(offset)
             data = bytearray()
-            while len(data) < nbytes and (part := self._file.read(nbytes - len(data))):
+            while len(data) < nbytes and (part := self.raw.read(nbytes - len(data))):
                 data += part
         return bytes(data)
 
@@ -72,13 +76,11 @@ class MappedFile:
             yield self.bytes(start, min(CHUNK, offset + nbytes - start))
 
     def _read_into(self, flat: Tensor, offset: int) -> None:
-        if flat.numel() == 0:
-            return
         view = memoryview(flat.view(torch.uint8).numpy())
         with self._lock:
-            self._file.seek(offset)
+            self.raw.seek(offset)
             while view:
-                count = self._file.readinto(view)
+                count = self.raw.readinto(view)
                 if not count:
-                    raise OSError(f"{self._file.name}: the file became shorter while it was being read")
+                    raise OSError(f"{self.raw.name}: the file became shorter while it was being read")
                 view = view[count:]

@@ -29,6 +29,7 @@ from minisd.checkpoints.rebuild import (
 
 MAX_OPCODES = 5_000_000  # a full SD checkpoint with its optimiser has about 200,000; these take some 10 s
 MAX_BYTES = 256 << 20
+MAX_COPIED = 32 << 20  # values or characters that constructors copy; one list may be named any number of times
 MAX_VALUES = 2_000_000  # shared lists of shared lists can stand for 2^n values
 MAX_DEPTH = 64
 
@@ -55,6 +56,7 @@ class Machine:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._copied = 0
 
     def run(self, stream: BinaryIO) -> None:
         first = stream.tell()
@@ -105,9 +107,9 @@ class Machine:
             case "APPENDS" | "ADDITEMS":
                 self._append(self._since_mark())
             case "GLOBAL":
-                stack.append(Name(*arg.split(" ", 1)))
+                stack.append(_name(*arg.split(" ", 1)))
             case "STACK_GLOBAL":
-                stack.append(Name(*map(str, self._take(2))))
+                stack.append(_name(*self._take(2)))
             case "BINPERSID":
                 stack.append(self._persistent(stack.pop()))
             case "REDUCE" | "NEWOBJ":
@@ -121,7 +123,7 @@ class Machine:
                 self._stack.append(self._call(function, args))
             case "INST":
                 args = self._since_mark()
-                self._stack.append(self._call(Name(*arg.split(" ", 1)), args))
+                self._stack.append(self._call(_name(*arg.split(" ", 1)), args))
             case "BUILD":
                 self._build(stack.pop())
             case "POP":
@@ -175,14 +177,22 @@ class Machine:
         """State for an object: read for a ParameterDict, meaningless for everything else that we build."""
         target = self._stack[-1]
         if isinstance(target, ParameterDict) and isinstance(state, dict):
-            target.update(state.get("_parameters") or {})
+            parameters = state.get("_parameters") or {}
+            self._spend([parameters])
+            target.update(parameters)
 
     def _call(self, function: Any, args: Any) -> Any:
         builder = BUILDERS.get(str(function)) if isinstance(function, Name) else None
         if builder is None:
             self.dropped.add(_describe(function))
             return Dropped(_describe(function))
+        self._spend(args)
         return builder(*args)
+
+    def _spend(self, args: Any) -> None:
+        self._copied += sum(len(arg) for arg in args if hasattr(arg, "__len__"))
+        if self._copied > MAX_COPIED:
+            raise Malformed(f"its pickle copies more than {MAX_COPIED:,} values")
 
     def _persistent(self, pid: Any) -> Any:
         match pid:
@@ -198,8 +208,8 @@ class Machine:
                 if dtype is None:
                     self.dropped.add(str(kind))
                     return Dropped(str(kind))
-                if numel < 0:
-                    raise Malformed(f"storage {key} has {numel} elements")
+                if not 0 <= numel < 1 << 60:
+                    raise Malformed(f"storage {key} has an impossible size")
                 storage = Storage(key, dtype, numel * dtype.itemsize)
                 if self.storages.setdefault(key, storage) != storage:
                     raise Malformed(f"storage {key} is described in two ways")
@@ -257,6 +267,12 @@ def _describe(value: Any) -> str:
             return "a storage without a tensor"
         case _:
             return f"a {type(value).__name__}"
+
+
+def _name(module: Any, attribute: Any) -> Name:
+    if not isinstance(module, str) or not isinstance(attribute, str) or len(module) + len(attribute) > 1000:
+        raise Malformed("its pickle is damaged (a global without a name)")
+    return Name(module, attribute)
 
 
 def _index(arg: int) -> int:

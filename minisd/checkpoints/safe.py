@@ -25,6 +25,7 @@ from minisd.checkpoints.entries import (
     Entry,
     Malformed,
     contiguous_stride,
+    span,
 )
 from minisd.checkpoints.mapped import CHUNK, MappedFile
 
@@ -60,8 +61,10 @@ def read_safetensors(file: MappedFile, path: str) -> Content:
             known = ", ".join(SAFETENSORS_DTYPES)
             raise Malformed(f"{name} is of dtype {tensor['dtype']}, which this torch does not have (known: {known})")
         (begin, end), shape = tensor["data_offsets"], tuple(tensor["shape"])
+        stride = contiguous_stride(shape)
+        span(shape, stride)  # refuses shapes that torch cannot count
         dtype = SAFETENSORS_DTYPES[tensor["dtype"]]
-        tree[name] = Entry(dtype, shape, contiguous_stride(shape), 8 + length + begin, end - begin)
+        tree[name] = Entry(dtype, shape, stride, 8 + length + begin, end - begin)
     _check_header(tree, metadata)
     return Content("safetensors", tree, metadata=metadata)
 
@@ -113,9 +116,10 @@ def save_safetensors(
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: cannot save {name!r}: names are str (not __metadata__), values tensors")
-        if tensor.dtype not in SAFETENSORS_NAMES or tensor.layout != torch.strided:
+        if tensor.dtype not in SAFETENSORS_NAMES or tensor.layout != torch.strided or tensor.is_meta:
             known = ", ".join(str(dtype) for dtype in SAFETENSORS_NAMES)
-            raise ValueError(f"{path}: {name} is {tensor.dtype}, {tensor.layout}; safetensors holds dense {known}")
+            given = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"{path}: {name} is {given}; safetensors holds dense tensors with values: {known}")
     lines = _lines((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
     target = os.path.realpath(path)
@@ -143,8 +147,10 @@ def _write(out: BinaryIO, lines: list[Line], tensors: Mapping[str, Tensor], meta
         for chunk in _bytes_of(tensors[line[0]]):
             digest.update(chunk)
             out.write(chunk)
+    header = _header(lines, tensors, metadata, digest.hexdigest())
+    assert len(header) == header_size
     out.seek(0)
-    assert out.write(_header(lines, tensors, metadata, digest.hexdigest())) == header_size
+    out.write(header)
 
 
 def _header(lines: list[Line], tensors: Mapping[str, Tensor], metadata: dict[str, str], digest: str) -> bytes:
