@@ -171,8 +171,8 @@ def p_mean_variance(
 
 def kl(q: Gaussian, p: Gaussian) -> Tensor:
     """KL(q ‖ p) of every element, in nats."""
-    log_ratio = p.log_variance - q.log_variance
-    return 0.5 * (log_ratio - 1 + (-log_ratio).exp() + (q.mean - p.mean) ** 2 * (-p.log_variance).exp())
+    shift = (q.mean - p.mean) ** 2 * (-p.log_variance).exp()
+    return 0.5 * (-1 + p.log_variance - q.log_variance + (q.log_variance - p.log_variance).exp() + shift)
 
 
 def standard_normal_cdf(x: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def variational_bound(
 
 def per_image(x: Tensor) -> Tensor:
     """The mean over everything but the batch, 'b'."""
-    return x.flatten(1).mean(dim=1)
+    return x.mean(dim=tuple(range(1, x.ndim)))
 
 
 def bits_per_dim(nats: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minisd.diffusion.gaussian import Chain, FixedVariance, p_mean_variance
 from minisd.diffusion.prediction import Model, as_prediction
-from minisd.diffusion.schedule import Prediction, Schedule, Time, weighted_sum
+from minisd.diffusion.schedule import Prediction, Schedule, Time, expand, weighted_sum
 
 Cond = TypeVar("Cond", bound="Joinable")
 
@@ -31,7 +31,7 @@ def guided(
     interval: tuple[float, float] | None = None,
     joined: bool = True,
 ) -> Callable[[Tensor, Time], Tensor]:
-    """The network (x_t, t, cond) as (x_t, t), by classifier-free guidance (Ho & Salimans 2022, eq. 6 with w = 1 + their w).
+    """The network (x_t, t, cond) as (x_t, t), guided without a classifier (Ho & Salimans 2022, eq. 6; scale is w + 1).
 
     out = out_u + scale (out_c - out_u). uncond is the empty or the negative prompt. scale: one number or one per image;
     1 is the conditional network alone, at half the price, and needs no uncond. interval: guide only where lo <= t <= hi
@@ -58,24 +58,23 @@ def guided(
             out_u, out_c = network(torch.cat([x_t, x_t]), t_both, type(cond).cat([uncond, cond])).chunk(2)
         else:
             out_u, out_c = network(x_t, t, uncond), network(x_t, t, cond)
-        out = weighted_sum(1 - w, out_u, w, out_c)
-        return rescaled(out, out_c, rescale) if rescale else out
+        # Half-precision outputs are contrasted in float32: scale would multiply the rounding of their difference.
+        wide = torch.promote_types(out_c.dtype, torch.float32)
+        out = out_u.to(wide) + expand(w, out_c) * (out_c.to(wide) - out_u.to(wide))
+        return (rescaled(out, out_c.to(wide), rescale) if rescale else out).to(out_c.dtype)
 
     return model
 
 
 def rescaled(out: Tensor, out_c: Tensor, rescale: float) -> Tensor:
-    """Guided output with the standard deviation of the conditional one, by the share `rescale` (Lin et al. 2023, eq. 15, 16).
+    """The guided output with the standard deviation of the conditional one, by the share rescale in [0, 1].
 
-    Cures the over-exposure of large scales; 0.7 with scale 7.5 is the authors'. The deviation is over each image.
+    Lin et al. 2023, eq. 15 and 16, against the over-exposure of large scales: theirs is 0.7 at scale 7.5. The deviation
+    is taken over each image of the network's own output, be it ε or v.
     """
-    std, std_c = (_std(x) for x in (out, out_c))
-    return (out * (rescale * std_c / std + 1 - rescale)).to(out.dtype)
-
-
-def _std(x: Tensor) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
+    dims = tuple(range(1, out.ndim))
+    std = out.std(dim=dims, keepdim=True).clamp(min=torch.finfo(out.dtype).tiny)  # an untrained network may give zeros
+    return out * (rescale * out_c.std(dim=dims, keepdim=True) / std + 1 - rescale)
 
 
 def _within(t: Time, interval: tuple[float, float]) -> Tensor:

@@ -84,7 +84,8 @@ class Schedule:
             raise ValueError(f"sigma = {sigma.tolist()} is not within the schedule's [{low:.6g}, {high:.6g}]")
         log_sigma, table = sigma.clamp(low, high).log(), finite.log()
         i = torch.searchsorted(table, log_sigma, right=True).clamp(1, len(table) - 1) - 1
-        return i + (log_sigma - table[i]) / (table[i + 1] - table[i])
+        t = i + (log_sigma - table[i]) / (table[i + 1] - table[i])
+        return t.clamp(0, len(table) - 1)  # a rounded logarithm must not leave the schedule
 
     def timesteps(self, n: int, spacing: str = "leading", offset: int = 1) -> list[int]:
         """n distinct steps of this schedule, descending; `spacing.timesteps` explains the kinds."""
@@ -170,9 +171,8 @@ def weighted_sum(*terms: Tensor) -> Tensor:
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient '' or 'b' as '1|b 1 1 ...', ready to be multiplied with x, at least float32."""
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and len(coefficient) not in (1, len(x))):
-        raise ValueError(
-            f"t has shape {tuple(coefficient.shape)} for a batch of {len(x)}: give one t, or one per image"
-        )
+        shape = tuple(coefficient.shape)
+        raise ValueError(f"a time or scale of shape {shape} for a batch of {len(x)}: give one number, or one per image")
     coefficient = coefficient.reshape(-1, *[1] * (x.ndim - 1))
     return coefficient.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
