@@ -32,13 +32,7 @@ class VAE(nn.Module):
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """ValueError for sides that are not multiples of config.factor."""
-        factor = self.config.factor
-        for name, side in zip(("height", "width"), image.shape[-2:], strict=True):
-            if side % factor:
-                lower = max(side // factor * factor, factor)
-                raise ValueError(
-                    f"{name} {side} is not a multiple of {factor} (the VAE's factor): use {lower} or {lower + factor}"
-                )
+        check_sides(image, self.config.factor)
         return DiagonalGaussian.from_moments(self.moments(image), self.config)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -48,6 +42,16 @@ class VAE(nn.Module):
     def moments(self, image: Tensor) -> Tensor:
         """The encoder's raw output 'b 2c h w': mean and log-variance, unscaled and unclamped."""
         return self.quant_conv(self.encoder(image))
+
+
+def check_sides(image: Tensor, factor: int) -> None:
+    """ValueError where a side of image 'b c H W' is not a multiple of factor."""
+    for name, side in zip(("height", "width"), image.shape[-2:], strict=True):
+        if side % factor:
+            lower = max(side // factor * factor, factor)
+            raise ValueError(
+                f"{name} {side} is not a multiple of {factor} (the VAE's factor): use {lower} or {lower + factor}"
+            )
 
 
 @dataclass(frozen=True)
