@@ -30,7 +30,7 @@ from minisd.checkpoints.rebuild import (
 MAX_OPCODES = 5_000_000  # a full SD checkpoint with its optimiser has about 200,000; these take some 10 s
 MAX_BYTES = 256 << 20
 MAX_COPIED = 32 << 20  # values or characters that constructors copy; one list may be named any number of times
-MAX_VALUES = 2_000_000  # shared lists of shared lists can stand for 2^n values
+MAX_VALUES = 1_000_000  # shared lists of shared lists can stand for 2^n values
 MAX_DEPTH = 64
 
 
@@ -233,17 +233,16 @@ def settle(value: Any, starts: Mapping[str, int], dropped: set[str]) -> Any:
         budget[0] -= 1
         if budget[0] < 0 or depth > MAX_DEPTH:
             raise Malformed(f"its pickle is nested more than {MAX_DEPTH} deep or has over {MAX_VALUES:,} values")
+        if value is None or type(value) in _PLAIN:
+            return value
         match value:
             case LazyTensor(storage, dtype, offset, shape, stride, nbytes):
                 return Entry(dtype, shape, stride, starts[storage.key] + offset, nbytes)
             case dict():
-                walked = ((key, walk(item, depth + 1)) for key, item in value.items())
+                walked = [(key, walk(item, depth + 1)) for key, item in value.items()]
                 return {key: item for key, item in walked if item is not _NOTHING}
             case list() | tuple():
-                kind = type(value)
-                return kind(item for item in (walk(item, depth + 1) for item in value) if item is not _NOTHING)
-            case None | bool() | int() | float() | str() | bytes() | torch.dtype():
-                return value
+                return type(value)([item for item in (walk(item, depth + 1) for item in value) if item is not _NOTHING])
             case Name(module="torch") if value.attribute in TORCH_DTYPES:
                 return TORCH_DTYPES[value.attribute]
             case _:
@@ -255,6 +254,7 @@ def settle(value: Any, starts: Mapping[str, int], dropped: set[str]) -> Any:
 
 
 _NOTHING = object()
+_PLAIN = {bool, int, float, str, bytes, torch.dtype}
 
 
 def _describe(value: Any) -> str:
