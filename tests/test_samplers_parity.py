@@ -120,7 +120,10 @@ def test_ddim_is_compvis_ddim_on_a_guided_model_with_a_condition_per_image():
 def test_blending_between_steps_is_compvis_inpainting():
     z = load("ddim_ldm_extra")
     noise, keep, timesteps = iter(z["noise"][::2]), z["mask"].bool(), SD.timesteps(10)
-    known = lambda t: SD.q_sample(z["x0"], t, next(noise))  # noqa: E731
+
+    def known(t):
+        return SD.q_sample(z["x0"], t, next(noise))
+
     x_T = torch.where(keep, known(timesteps[0]), z["x_T"])
     trajectory = [z["x_T"]]
     for step in ddim(analytic("two", SD.alpha_cumprod), x_T, SD, timesteps):
@@ -195,7 +198,10 @@ def test_loops_on_a_respaced_chain_are_guided_diffusions(tag, loop):
     schedule = Schedule(cosine_betas() if tag.startswith("cosine") else linear_betas(), final_alpha_cumprod=1.0)
     timesteps, noise = z[f"out_{tag}_timestep_map"].tolist()[::-1], replayed(z[f"noise_{tag}"])
     eps = analytic("gauss", schedule.alpha_cumprod)
-    network = lambda x, t: torch.cat([eps(x, t), torch.sin(3 * x)], dim=1)  # noqa: E731
+
+    def network(x, t):
+        return torch.cat([eps(x, t), torch.sin(3 * x)], dim=1)
+
     model = from_network(network, Chain(schedule, timesteps), variance="learned_range")
     if loop == "p_loop":
         steps = list(ddpm(clipped(model, schedule), z["x_T"], schedule, timesteps, noise=noise))
@@ -266,8 +272,13 @@ def diffusers_model(run, schedule, round_t=False):
     eps = (lambda x, t: exact(x, round(t))) if round_t else exact
     kind = run["config"].get("prediction_type", "epsilon")
     if kind == "v_prediction":
-        abar = lambda t: schedule.alpha_cumprod(t).item()  # noqa: E731
-        x_0 = lambda x, t: (x - (1 - abar(t)) ** 0.5 * eps(x, t)) / abar(t) ** 0.5 if abar(t) else 0 * x  # noqa: E731
+
+        def abar(t):
+            return schedule.alpha_cumprod(t).item()
+
+        def x_0(x, t):
+            return (x - (1 - abar(t)) ** 0.5 * eps(x, t)) / abar(t) ** 0.5 if abar(t) else 0 * x
+
         model = from_v(lambda x, t: abar(t) ** 0.5 * eps(x, t) - (1 - abar(t)) ** 0.5 * x_0(x, t), schedule)
     elif kind == "sample":
         model = from_x_0(lambda x, t: schedule.x_0_from_eps(x, t, eps(x, t)), schedule)

@@ -58,6 +58,8 @@ def ddim_invert(
     codes do; each further iteration puts the x_t it found in its place, until the round trip is exact.
     A Step's t is the time it left (None: clean), and t_prev, the higher one, is where x is now.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}: give 1 or more")
     for t, t_prev, abar_t, abar_prev in reversed(list(descent(schedule, timesteps, end=schedule.final_alpha_cumprod))):
         x_t = x
         for _ in range(iterations):
