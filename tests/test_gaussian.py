@@ -30,6 +30,7 @@ from minisd.diffusion.gaussian import (
 )
 from minisd.diffusion.losses import LossSecondMoment, hybrid_loss, training_target, vlb_loss
 from minisd.diffusion.prediction import clipped
+from minisd.diffusion.samplers import ddpm
 from minisd.diffusion.schedule import Prediction, Schedule, cosine_betas, linear_betas
 from minisd.diffusion.spacing import space_timesteps
 
@@ -91,7 +92,9 @@ def test_a_chain_finds_its_steps_by_their_time():
     assert chain.index(20) == 1
     assert chain.t(2) == 500
     assert chain.index(chain.t(torch.tensor([2, 0]))).tolist() == [2, 0]
-    for t in (4, 600, torch.tensor([3, 21])):
+    ladder = Chain(LINEAR.schedule, LINEAR.schedule.t_from_sigma(torch.tensor([80.0, 3.3, 0.1])).tolist())
+    assert [ladder.index(ladder.t(i)) for i in range(3)] == [0, 1, 2]
+    for t in (4, 4.5, 20.1, 600, torch.tensor([3, 21])):
         with pytest.raises(ValueError, match="not a step of this chain of 3"):
             chain.index(t)
 
@@ -294,6 +297,30 @@ def test_ho_algorithm_2_with_learned_variances_walks_openais_path(tag):
     kept = [*path[:: len(chain) // 5], path[-1]]
     expected = loops[f"out_{tag}_p_loop"]
     assert_close(torch.stack(kept), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("variance", ["small", "large", None])
+def test_the_ddpm_sampler_draws_from_this_p(variance):
+    """The sampler has the formulas of a step of its own; they are these."""
+    chain = Chain(LINEAR.schedule, LINEAR.schedule.timesteps(7))
+    network = lambda x, t: torch.cat([x.sin(), x.cos()], dim=1)[:, : 6 if variance is None else 3]  # noqa: E731
+    model = clipped(
+        from_network(network, chain, variance="learned_range" if variance is None else None), chain.schedule
+    )
+    noise = torch.randn(7, *X_T.shape, generator=torch.Generator().manual_seed(0)).double()
+    draws, x = iter(noise), X_T.double()
+    steps = ddpm(
+        model,
+        x,
+        chain.schedule,
+        LINEAR.schedule.timesteps(7),
+        variance=variance or "small",
+        noise=lambda x: next(draws),
+    )
+    for i, step, eps in zip(reversed(range(7)), steps, noise, strict=True):
+        p = p_mean_variance(model(x, chain.t(i)), x, i, chain, variance=variance or "small")
+        x = p.mean + (p.log_variance / 2).exp() * eps if i else p.mean
+        assert_close(step.x, x, rtol=0, atol=1e-12)
 
 
 def test_the_bound_of_an_ideal_model_meets_the_likelihood_of_its_data():

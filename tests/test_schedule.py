@@ -109,6 +109,12 @@ def test_a_t_of_another_batch_size_is_refused():
         SD.q_sample(x_0, torch.tensor([1, 2]), noise)
 
 
+def test_images_may_live_on_another_device_than_the_tables():
+    x = torch.empty(3, 4, 5, 6, device="meta")
+    for t in (7, torch.tensor([7, 8, 9])):
+        assert SD.q_sample(x, t, x).device == SD.x_0_from_eps(x, t, x).device == x.device
+
+
 @pytest.mark.parametrize("t", [-1, 1000, 999.5, float("nan"), torch.tensor([3, -2])])
 def test_a_t_outside_the_schedule_is_refused(t):
     with pytest.raises(ValueError, match=r"not within the schedule's \[0, 999\]"):
@@ -292,6 +298,12 @@ def test_n_steps_are_n_distinct_falling_steps_of_the_schedule(data, kind, T, off
 )
 def test_ten_steps_of_a_thousand(kind, ten):
     assert SD.timesteps(10, kind) == ten
+
+
+@pytest.mark.parametrize("n", [*range(2, 61), 96, 500])
+def test_spacings_round_halves_as_the_numpy_formulas_of_diffusers(n):
+    assert SD.timesteps(n, "linspace")[::-1] == np.linspace(0, 999, n).round().astype(int).tolist()
+    assert SD.timesteps(n, "trailing") == (np.arange(1000, 0, -1000 / n).round().astype(int) - 1).tolist()
 
 
 def test_the_offset_gives_way_where_it_would_leave_the_schedule():

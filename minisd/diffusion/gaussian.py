@@ -32,7 +32,8 @@ class Chain:
 
     def __init__(self, schedule: Schedule, timesteps: Sequence[float] | None = None):
         self.schedule = schedule
-        self.timesteps = torch.tensor(sorted(range(schedule.num_timesteps) if timesteps is None else timesteps))
+        times = sorted(range(schedule.num_timesteps) if timesteps is None else timesteps)
+        self.timesteps = torch.tensor(times, dtype=torch.float64 if any(t % 1 for t in times) else torch.int64)
         if not len(self.timesteps) or (self.timesteps.diff() <= 0).any():
             raise ValueError(f"a chain needs distinct times, at least one: {self.timesteps.tolist()}")
         abar = self.alphas_cumprod = schedule.alpha_cumprod(self.timesteps)
@@ -56,8 +57,9 @@ class Chain:
 
     def index(self, t: Time) -> Index:
         """The step whose time is t, the inverse of `t`."""
-        i = torch.searchsorted(self.timesteps, torch.as_tensor(t, device="cpu")).clamp(max=len(self) - 1)
-        if (self.timesteps[i] != torch.as_tensor(t, device="cpu")).any():
+        times, wanted = self.timesteps.double(), torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        i = torch.searchsorted(times, wanted).clamp(max=len(self) - 1)
+        if (times[i] != wanted).any():
             raise ValueError(f"t = {t} is not a step of this chain of {len(self)}: {self.timesteps.tolist()}")
         return i if isinstance(t, Tensor) else int(i)
 
@@ -181,7 +183,7 @@ def standard_normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretized_log_likelihood(x_0: Tensor, p: Gaussian) -> Tensor:
-    """log p of every element of an 8-bit image, in nats (Ho eq. 13). x_0 in [-1, 1], 255 levels apart by 2/255.
+    """log p of every element of an 8-bit image, in nats (Ho eq. 13). x_0: 256 levels in [-1, 1].
 
     The bins are ±1/255 wide; the first and the last are open to -∞ and ∞. Probabilities are kept above 1e-12.
     """

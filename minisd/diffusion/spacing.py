@@ -29,9 +29,10 @@ def timesteps(T: int, n: int, spacing: str = "leading", offset: int = 1) -> list
         offset = min(offset, T - 1 - (n - 1) * stride)
         return [i * stride + offset for i in reversed(range(n))]
     if spacing == "trailing":
-        return [round(T * i / n) - 1 for i in range(n, 0, -1)]
+        stride = T - (T - T / n)  # T/n as numpy.arange rounds it: halves fall to the side they fall to in diffusers
+        return [round(T - i * stride) - 1 for i in range(n)]
     if spacing == "linspace":
-        return [round((T - 1) * i / (n - 1)) for i in reversed(range(n))] if n > 1 else [T - 1]
+        return [round(i * ((T - 1) / (n - 1))) for i in reversed(range(n))] if n > 1 else [T - 1]
     if spacing == "compvis":
         if not _compvis_runs(T, n):
             near = sorted(sorted((m for m in range(1, T + 1) if _compvis_runs(T, m)), key=lambda m: abs(m - n))[:4])
