@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from minisd.checkpoints.detect import Contents
@@ -10,31 +11,53 @@ from minisd.config import PRESETS, Prediction, UNetConfig
 
 # global_step of official 2.x files whose other evidence is missing
 GLOBAL_STEPS = {875_000: "eps", 110_000: "v"}
-PROBE_TENSOR = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+# ComfyUI's probe: Stability's training left this bias wide in its v models
+PROBE_TENSORS = {
+    "ldm": "output_blocks.11.1.transformer_blocks.0.norm1.bias",
+    "diffusers": "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+}
 PROBE_THRESHOLD = 0.09
+SPOKEN = {"v": "v", "v_prediction": "v", "velocity": "v", "eps": "eps", "epsilon": "eps", "x0": "x_0", "sample": "x_0"}
+Evidence = tuple[Prediction, str]
 
 
-def prediction_of(contents: Contents, path: Path, global_step: int | None) -> tuple[Prediction | None, str]:
-    """What the U-Net of a single file predicts, and why one should think so; (None, why not) without evidence.
+def prediction_of(
+    contents: Contents, path: Path, global_step: int | None, metadata: Mapping[str, str] | None = None
+) -> tuple[Prediction | None, str]:
+    """The strongest evidence of what the U-Net predicts; (None, what is lacking) where there is none."""
+    lacking = f"no metadata, no yaml beside the file, global_step {global_step}, no official U-Net's shapes"
+    return next(evidence_of(contents, path, global_step, metadata), (None, lacking))
 
-    In this order: the official family where all its members agree, a yaml beside the file, global_step, and the
-    standard deviation of one bias (which Stability's training left above 0.09 in v models, ComfyUI's probe).
+
+def evidence_of(
+    contents: Contents, path: Path, global_step: int | None, metadata: Mapping[str, str] | None = None
+) -> Iterator[Evidence]:
+    """What the U-Net predicts, and why one should think so, the strongest evidence first.
+
+    A yaml beside the file, the trainer's metadata, the official family where all its members agree, global_step, and
+    the standard deviation of one bias.
     """
     unet = contents.parts["unet"]
-    if said := _from_yaml(path):
-        return said
-    if family := _from_family(unet.config):
-        return family
+    family = _from_family(unet.config)
+    for said in (_from_yaml(path), _from_trainer(metadata or {}), family):
+        if said:
+            yield said
     if global_step in GLOBAL_STEPS:
-        return GLOBAL_STEPS[global_step], f"global_step {global_step}"
-    if unet.dialect == "ldm" and PROBE_TENSOR in unet.tensors:
-        std = unet.tensors[PROBE_TENSOR].double().std(unbiased=False).item()
+        yield GLOBAL_STEPS[global_step], f"global_step {global_step}"
+    tensor = PROBE_TENSORS[unet.dialect]
+    if tensor in unet.tensors and (family is None or unet.config.context_dim == 1024):  # calibrated on SD2
+        std = unet.tensors[tensor].double().std(unbiased=False).item()
         prediction = "v" if std > PROBE_THRESHOLD else "eps"
-        return prediction, f"std {std:.3f} of {PROBE_TENSOR} (v where above {PROBE_THRESHOLD})"
-    return None, f"no metadata, no yaml beside the file, global_step {global_step}, no {PROBE_TENSOR}"
+        yield prediction, f"std {std:.3f} of {tensor} (v where above {PROBE_THRESHOLD})"
 
 
-def _from_yaml(path: Path) -> tuple[Prediction, str] | None:
+def _from_trainer(metadata: Mapping[str, str]) -> Evidence | None:
+    """modelspec.prediction_type, which kohya's scripts and others write into safetensors files."""
+    said = metadata.get("modelspec.prediction_type", "").lower()
+    return (SPOKEN[said], f"modelspec.prediction_type {said!r} in its metadata") if said in SPOKEN else None
+
+
+def _from_yaml(path: Path) -> Evidence | None:
     """The original's config: model.yaml beside model.ckpt, or the only yaml in its folder."""
     if not path.is_file():
         return None
@@ -47,11 +70,10 @@ def _from_yaml(path: Path) -> tuple[Prediction, str] | None:
     said = re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE)
     if said is None:
         return "eps", f"{beside[0].name} (no parameterization, the original's default is eps)"
-    names = {"v": "v", "eps": "eps", "x0": "x_0"}
-    return (names[said[1]], f"parameterization in {beside[0].name}") if said[1] in names else None
+    return (SPOKEN[said[1]], f"parameterization in {beside[0].name}") if said[1] in SPOKEN else None
 
 
-def _from_family(unet: UNetConfig) -> tuple[Prediction, str] | None:
+def _from_family(unet: UNetConfig) -> Evidence | None:
     """Where every official model of these shapes predicts the same."""
     families = [preset for preset in PRESETS.values() if preset.unet == unet]
     predictions = {preset.prediction for preset in families}

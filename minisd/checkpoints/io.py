@@ -19,6 +19,8 @@ from minisd.checkpoints.safe import read_safetensors, save_safetensors, verify_s
 
 __all__ = ["CheckpointError", "Entry", "TensorFile", "open_tensors", "save_safetensors"]
 
+MAX_NAME = 2000  # characters; long keys on every level would multiply
+
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
     """Open a safetensors file or a torch pickle (zip or legacy), told apart by content, never by extension.
@@ -68,7 +70,7 @@ class TensorFile(Mapping[str, Tensor]):
         self.extra = {name: value for name, value in top.items() if isinstance(value, plain) or value is None}
         state = top.get("state_dict")
         self.entries: dict[str, Entry] = {}
-        for name, entry in _flatten(state if isinstance(state, dict) else content.tree, ""):
+        for name, entry in flatten(state if isinstance(state, dict) else content.tree, ""):
             if self.entries.setdefault(name, entry) is not entry:
                 raise Malformed(f"two tensors have the name {name!r}")
         if self.dropped and not self.entries:
@@ -84,6 +86,9 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self.entries else default
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
@@ -123,9 +128,12 @@ class TensorFile(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.path}: {error}") from error
 
 
-def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Entry]]:
+def flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Entry]]:
+    """Every tensor of nested containers, under its path joined by dots."""
     if isinstance(tree, Entry):
         yield prefix.removesuffix("."), tree
+    elif len(prefix) > MAX_NAME:
+        raise Malformed(f"its tensors have names beyond {MAX_NAME} characters")
     elif isinstance(tree, dict | list | tuple):
         for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")

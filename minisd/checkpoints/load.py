@@ -166,7 +166,7 @@ def _open_file(path: Path) -> Opened:
     opened.extras = Renamed(file, {name: name for name in names})
     _config_from_metadata(opened)
     if "unet" in found.parts and opened.config is None:
-        opened.prediction = prediction_of(found, path, opened.global_step)
+        opened.prediction = prediction_of(found, path, opened.global_step, file.metadata)
     return opened
 
 
