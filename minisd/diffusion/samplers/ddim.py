@@ -38,8 +38,8 @@ def ddim_step(
     """
     # The difference is never negative, but for rounding where it is 0.
     direction = (1 - abar_prev - sigma**2).clamp(min=0).sqrt()
-    x_prev = weighted_sum(abar_prev.sqrt(), x_0, direction, eps)
-    return x_prev if noise is None else weighted_sum(torch.ones_like(sigma), x_prev, sigma, noise)
+    added = () if noise is None else (sigma, noise)
+    return weighted_sum(abar_prev.sqrt(), x_0, direction, eps, *added)
 
 
 def ddim_sigma(abar_t: Tensor, abar_prev: Tensor, eta: float) -> Tensor:
