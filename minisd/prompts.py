@@ -42,8 +42,8 @@ def encode_prompts(
 ) -> Tensor:
     """The context 'b l d' of the prompts; l is the tokenizer's length (77) times the number of chunks.
 
-    text_encoder: ids 'n 77' (int64, on `device`) → states 'n 77 d', such as CLIPText. Weights act in float32 or
-    wider; the result has the states' dtype. Prompts of unequal length are repeated to one length, which changes no image (see
+    text_encoder: ids 'n 77' (int64, on `device`) → states 'n 77 d', such as CLIPText. Weights act in float32 or wider;
+    the result has the states' dtype. Prompts of unequal length are repeated to one length, which changes no image (see
     `same_length`), and none depends on its neighbours. ValueError for an unknown convention or no prompt.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

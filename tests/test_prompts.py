@@ -196,9 +196,9 @@ def test_a_short_prompt_is_one_framed_row_of_weight_1(convention, pad_id):
 def test_a_prompt_has_a_chunk_for_every_75_tokens(tokenizer, convention, tokens, chunks):
     rows = chunk_prompt(tokenizer, "cat " * tokens, convention)
 
-    assert [row.ids for row in rows] == [
-        tokenizer.frame([2368] * n) for n in [75] * (chunks - 1) + [(tokens - 1) % 75 + 1 if tokens else 0]
-    ]
+    runs = [min(75, tokens - start) for start in range(0, max(tokens, 1), 75)]
+    assert len(rows) == chunks
+    assert [row.ids for row in rows] == [tokenizer.frame([2368] * run) for run in runs]
 
 
 @pytest.mark.parametrize("convention", WEIGHTED)
@@ -287,6 +287,15 @@ def test_all_vectors_of_a_placeholder_stay_in_one_chunk(convention, vectors, bef
     assert [[i for i in row.ids if i in own] for row in rows if set(row.ids) & set(own)] == [own]
     assert sum(i == 2368 for row in rows for i in row.ids) == max(before - 1, 0)
     assert sum(i == 1929 for row in rows for i in row.ids) == 1
+
+
+def test_a1111_goes_back_to_the_comma_only_from_a_full_chunk():
+    tokenizer = Tokenizer()
+    tokenizer.add_token("<my-cat>", 20)
+
+    for dogs, first in [(5, 66), (14, 61)]:
+        rows = chunk_prompt(tokenizer, "cat " * 60 + "," + "dog " * dogs + "<my-cat>", "a1111")
+        assert [len(text.split()) for text in spelled(tokenizer, rows)] == [first, 61 + dogs - first + 1]
 
 
 def test_a_placeholder_that_no_chunk_can_hold_is_refused_in_words():
@@ -416,6 +425,14 @@ def test_gradients_reach_the_text_encoder_through_the_weights(tokenizer, convent
     assert clip.token_embedding.weight.grad[2368].abs().sum() > 0
 
 
+def test_the_ids_go_to_the_device_that_is_named(tokenizer):
+    def text_encoder(ids):
+        assert ids.device.type == "meta"
+        return torch.zeros(*ids.shape, 4, device=ids.device)
+
+    assert encode_prompts(text_encoder, tokenizer, ["a", "b"], device="meta").device.type == "meta"
+
+
 # Words for the user
 
 
@@ -449,7 +466,7 @@ def test_a1111_weights_that_turn_the_mean_are_refused(mean):
     states = torch.stack([torch.full((1, 4), 1.0), torch.full((1, 4), 1.0)], dim=1)
     weights = torch.tensor([[1.0, 2 * mean - 1]])
 
-    with pytest.raises(ValueError, match="turn the mean to zero or to the other sign.*comfyui"):
+    with pytest.raises(ValueError, match=r"turn the mean to zero or to the other sign.*comfyui"):
         weigh_a1111(states, weights)
 
 
