@@ -153,6 +153,13 @@ def test_state_cannot_be_pushed_into_the_functions_that_build_tensors(tmp_path):
     assert torch._utils._rebuild_parameter.__defaults__ is None
 
 
+def test_long_keys_cannot_multiply_into_longer_names(tmp_path):
+    levels = b"".join(b"}" + text(character * 1000) for character in "abc")
+    torch_zip(tmp_path / "x", b"\x80\x04" + levels + TENSOR + b"sss.")
+    with pytest.raises(CheckpointError, match="names beyond 2000"):
+        open_tensors(tmp_path / "x")
+
+
 @pytest.mark.parametrize(
     ("stride", "offset", "shape", "message"),
     [

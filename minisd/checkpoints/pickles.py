@@ -27,10 +27,10 @@ from minisd.checkpoints.rebuild import (
     storage_dtype,
 )
 
-MAX_OPCODES = 5_000_000  # a full SD checkpoint with its optimiser has about 200,000; these take some 10 s
+MAX_OPCODES = 5_000_000  # a full SD checkpoint with its optimiser has about 200,000
 MAX_BYTES = 256 << 20
 MAX_COPIED = 32 << 20  # values or characters that constructors copy; one list may be named any number of times
-MAX_VALUES = 1_000_000  # shared lists of shared lists can stand for 2^n values
+MAX_VALUES = 400_000  # shared lists of shared lists can stand for 2^n values; real files have some 20,000
 MAX_DEPTH = 64
 
 
@@ -196,14 +196,9 @@ class Machine:
 
     def _persistent(self, pid: Any) -> Any:
         match pid:
-            case ("storage", Name() as kind, str(key), _, int(numel)) | (
-                "storage",
-                Name() as kind,
-                str(key),
-                _,
-                int(numel),
-                None,
-            ):
+            case ("storage", Name() as kind, str(key), _, int(numel), *view):
+                if any(view):
+                    raise Malformed("a storage is a view of another one (torch before 0.4): save the file again")
                 dtype = storage_dtype(kind)
                 if dtype is None:
                     self.dropped.add(str(kind))
@@ -214,8 +209,6 @@ class Machine:
                 if self.storages.setdefault(key, storage) != storage:
                     raise Malformed(f"storage {key} is described in two ways")
                 return storage
-            case ("storage", Name(), str(key), _, int(), _):
-                raise Malformed(f"storage {key} is a view of another one (torch before 0.4): save the file again")
             case ("module", Name() as name, *_):
                 return name  # legacy files carry the source of pickled modules; the class is dropped anyway
             case _:
