@@ -1,16 +1,15 @@
-"""The VAE on pictures too large for it: encode and decode stripe by stripe, in a third of the memory, with no seams.
+"""The VAE on pictures too large for it: encode and decode stripe by stripe, in about a third of the memory, no seams.
 
-What the untiled network computes is computed here, up to rounding, with nothing left out, blended or done twice. A
-picture flows through the convolutions as a stream of horizontal stripes; each borrows one row from its neighbours
-(the halo of a 3×3 convolution). Only a GroupNorm has to see the whole picture before it lets a row pass: there the
-stripes wait until the last has been counted. The middle, whose attention is global, runs whole at latent size.
+This computes what the untiled network computes, up to rounding: nothing is left out, blended or done twice. A picture
+flows through the convolutions as a stream of horizontal stripes, each with one row borrowed from either neighbour (the
+halo of a 3×3 convolution). Only a GroupNorm has to see the whole picture before it lets a row pass: there the stripes
+wait until the last one has been counted. The middle, whose attention is global, runs whole, at latent size.
 
-Peak memory, beside weights, input and output. With channels c_l at level l (0 is full size), the waiting stripes hold
-at most max over l of max(2·c_l, c_{l+1}) / 4^l values per image pixel: a residual block keeps its skip and its hidden
-map, and the map that arrives from the level below. For Stable Diffusion that is 256: 1024 bytes a pixel in float32,
-512 in half precision (2048 × 2048: 4.3 GB, 2.1 GB; the untiled decoder takes three to four times as much). About six
-stripes are in work at a time, 6·256·rows·width values. With offload="cpu" the waiting stripes rest in the computer's
-memory, and the accelerator holds the stripes in work and the middle alone, 1/64 of the picture.
+Peak memory, beside weights, input and output: the stripes that wait hold `values_per_pixel(config)` values for every
+image pixel, a few stripes are in work, and the middle takes about 7·c/factor² values per pixel while nothing else
+lives. Stable Diffusion waits with 256 values: 1024 bytes a pixel in float32, 512 in half precision. At 2048×2048 with
+rows=64 the tensors alive peak at 4.5 GiB in float32 and 2.4 GiB in bfloat16 (untiled: 12 and 6). With offload="cpu" an
+accelerator holds the stripes in work and the middle alone, and the rest waits in the computer's memory.
 """
 
 from __future__ import annotations
@@ -23,22 +22,21 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from minisd.config import VAEConfig
 from minisd.models.vae import VAE, DiagonalGaussian, check_sides
 from minisd.nn.blocks import Downsample, ResBlock, Upsample
 
 
 @torch.no_grad()
-def tiled_decode(
-    vae: VAE, latents: Tensor, *, rows: int = 64, offload: torch.device | str | None = None
-) -> Tensor:
+def tiled_decode(vae: VAE, latents: Tensor, *, rows: int = 64, offload: torch.device | str | None = None) -> Tensor:
     """vae.decode(latents), stripe by stripe: U-Net latents 'b c h w' → image 'b 3 H W' in about [-1, 1], no gradients.
 
     rows: image rows per stripe, a multiple of vae.config.factor; fewer take less memory and more time. offload: the
     device on which stripes wait between layers; None leaves them where they are. The images of a batch go one after
     the other. Any dtype; statistics are summed in float32 at least. ValueError for impossible shapes and rows.
     """
-    latent_rows = _check(vae, "latents", latents, rows) // vae.config.factor
-    return torch.cat([_decode(vae, one, latent_rows, offload) for one in latents.split(1)])
+    _check(vae, "latents", latents, rows)
+    return torch.cat([_decode(vae, one, rows // vae.config.factor, offload) for one in latents.split(1)])
 
 
 @torch.no_grad()
@@ -78,6 +76,17 @@ def _moments(vae: VAE, image: Tensor, rows: int, offload) -> Tensor:
     return vae.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(whole))))
 
 
+def values_per_pixel(config: VAEConfig) -> float:
+    """How many values wait per image pixel at most: the decoder's and the encoder's peak, without the stripes in work.
+
+    At level l, of 4^l times fewer pixels, a residual block keeps its skip and its hidden map, 2·c_l channels together,
+    and what the decoder brought up from below to feed the first of them had c_{l+1}.
+    """
+    widths = [config.channels * mult for mult in config.channel_mult]
+    below = [*widths[1:], 0]
+    return max(max(2 * width, wide) / 4**level for level, (width, wide) in enumerate(zip(widths, below, strict=True)))
+
+
 def res_block(block: ResBlock, stripes: Iterable[Tensor], offload=None) -> Iterator[Tensor]:
     """ResBlock.forward without an embedding. The input is given up, stripe by stripe, for the skip and the hidden map."""
     skips = deque()
@@ -90,7 +99,7 @@ def res_block(block: ResBlock, stripes: Iterable[Tensor], offload=None) -> Itera
     h = convolve(block.conv1, hidden())
     h = convolve(block.conv2, (activated for _, activated in norm_silu(block.norm2, h, offload)))
     for residual in h:
-        yield residual.add_(skips.popleft().to(residual.device))
+        yield residual + skips.popleft().to(residual.device)
 
 
 def upsample(layer: Upsample, stripes: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -158,7 +167,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _check(vae: VAE, name: str, x: Tensor, rows: int) -> int:
+def _check(vae: VAE, name: str, x: Tensor, rows: int) -> None:
     factor = vae.config.factor
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"{name} must be 'b c h w' with no side 0, got the shape {tuple(x.shape)}")
@@ -167,4 +176,3 @@ def _check(vae: VAE, name: str, x: Tensor, rows: int) -> int:
         raise ValueError(
             f"rows {rows} is not a positive multiple of {factor} (the VAE's factor): use {lower} or {lower + factor}"
         )
-    return rows
