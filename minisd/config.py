@@ -7,6 +7,7 @@ file that minisd saves (`ModelConfig.to_json`, `ModelConfig.from_json`).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Literal, get_type_hints
 
@@ -48,9 +49,9 @@ class UNetPlan:
 class UNetConfig:
     """The cross-attention U-Net of Rombach et al. 2022. The defaults are Stable Diffusion 1.x.
 
-    attention_levels: the levels (0 is full size) that carry transformers. Exactly one of num_heads (SD1: the same number
-    everywhere) and head_width (SD2: the same width everywhere) is given. cross_only_levels: levels whose self-attention
-    is replaced by a second cross-attention. num_classes: `y` is an integer label (the upscaler's noise level);
+    attention_levels: the levels (0 is full size) that carry transformers. Exactly one of num_heads (SD1: the same
+    number everywhere) and head_width (SD2: the same width everywhere) is given. cross_only_levels: levels whose
+    self-attention is replaced by a second cross-attention. num_classes: `y` is an integer label (the upscaler's noise level);
     vector_dim: `y` is a vector of that width (unCLIP).
     """
 
@@ -165,8 +166,8 @@ class CLIPTextConfig:
     """A CLIP text tower (Radford et al. 2021). The defaults are ViT-L/14's, which Stable Diffusion 1.x uses.
 
     skip: how many of the last blocks the context leaves out (SD2: 1, "penultimate"); the final norm is always applied.
-    pad_id: what the tokenizer fills a prompt up with (SD1 repeats EOS, SD2 uses 0). projection_dim: width of the shared
-    image-text space, None where the file has no projection.
+    pad_id: what the tokenizer fills a prompt up with (SD1 repeats EOS, SD2 uses 0), dialect: whose tokenizer it is.
+    projection_dim: width of the shared image-text space, None where the file has no projection.
     """
 
     vocab_size: int = 49408
@@ -181,6 +182,7 @@ class CLIPTextConfig:
     bos_id: int = 49406
     eos_id: int = 49407
     pad_id: int = 49407
+    dialect: Literal["openai", "open_clip"] = "openai"
     norm_eps: float = 1e-5
 
 
@@ -225,7 +227,10 @@ class ControlNetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole latent diffusion model. prediction: what the U-Net's output means. image_size: the side it was trained at."""
+    """A whole latent diffusion model.
+
+    prediction: what the U-Net's output means. image_size: the side of the pictures it was trained on.
+    """
 
     name: str = "Stable Diffusion 1.x"
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -243,6 +248,45 @@ class ModelConfig:
     def from_json(cls, text: str) -> ModelConfig:
         """The inverse of to_json. ValueError for unknown or ill-typed fields: a typo must not pass for a default."""
         return from_dict(cls, json.loads(text))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a picture is sampled. Every task takes these by name; the command line makes its options from them.
+
+    Attributes:
+        steps: how many times the model is asked (heun asks twice a step).
+        sampler: a name in `minisd.samplers.SAMPLERS`, or a function.
+        guidance_scale: how much the prompt counts; 1 is off, and half the work.
+        guidance_rescale: share in [0, 1] by which guided output gets the deviation of unguided (Lin et al. 2023).
+        guidance_interval: the times t between which guidance acts; always, when None.
+        spacing: which times are visited; "karras" is a σ ladder of real t, for the σ samplers.
+        eta: noise of DDIM, from 0 (none) to 1 (DDPM's).
+        convention: how a prompt's brackets and length are read.
+        clip_skip: last blocks of the text encoder to leave out; None is the model's own.
+        batch_size: images per call of the network. The pictures do not depend on it.
+        tile: rows of the stripes in which the VAE works, 0 for none; None decides by the picture's size.
+    """
+
+    steps: int = 30
+    sampler: str | Callable = "ddim"
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    spacing: Literal["leading", "trailing", "linspace", "compvis", "karras"] = "leading"
+    eta: float = 0.0
+    convention: Literal["plain", "chunked", "a1111", "comfyui"] = "plain"
+    clip_skip: int | None = None
+    batch_size: int = 1
+    tile: int | None = None
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: give 1 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: give 1 or more")
+        if self.eta and self.sampler != "ddim" and not callable(self.sampler):
+            raise ValueError(f"eta={self.eta} belongs to the sampler ddim, not to {self.sampler}: leave it out")
 
 
 def from_dict(cls, values: dict):
@@ -279,7 +323,15 @@ def _decode(hint, value, where: str):
 
 
 _OPENCLIP_H_TEXT = CLIPTextConfig(
-    width=1024, layers=24, heads=16, mlp_width=4096, activation="gelu", skip=1, projection_dim=1024, pad_id=0
+    width=1024,
+    layers=24,
+    heads=16,
+    mlp_width=4096,
+    activation="gelu",
+    skip=1,
+    projection_dim=1024,
+    pad_id=0,
+    dialect="open_clip",
 )
 _OPENCLIP_H_VISION = CLIPVisionConfig(
     width=1280, layers=32, heads=16, mlp_width=5120, activation="gelu", projection_dim=1024

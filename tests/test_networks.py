@@ -206,7 +206,7 @@ def test_official_controlnet_agrees_with_the_original():
     hint = reference["hint_u8"].float() / 255
     for i, residual in enumerate(control(x, t, cond, hint)):
         expected = all_residuals[f"out_res{i:02d}"]
-        agrees(residual[:, ::8], expected, 5e-5 * expected.abs().max().item())
+        agrees(residual[:, i % 8 :: 8], expected, 5e-5 * expected.abs().max().item())
     middle = tuple(r * (i == 12) for i, r in enumerate(control(x, t, cond, hint)))
     agrees(unet(x, t, cond), reference["out_eps_plain"])
     agrees(unet(x, t, replace(cond, residuals=middle)), reference["out_eps_mid"])

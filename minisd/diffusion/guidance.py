@@ -49,13 +49,15 @@ def guided(
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale}: it lies in [0, 1]")
 
+    both = type(cond).cat([uncond, cond]) if joined and (scale != 1).any() else None
+
     def model(x_t: Tensor, t: Time) -> Tensor:
         w = scale if interval is None else torch.where(_within(t, interval), scale, 1.0)
         if (w == 1).all():
             return network(x_t, t, cond)
         if joined:
             t_both = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-            out_u, out_c = network(torch.cat([x_t, x_t]), t_both, type(cond).cat([uncond, cond])).chunk(2)
+            out_u, out_c = network(torch.cat([x_t, x_t]), t_both, both).chunk(2)
         else:
             out_u, out_c = network(x_t, t, uncond), network(x_t, t, cond)
         # Half-precision outputs are contrasted in float32: scale would multiply the rounding of their difference.

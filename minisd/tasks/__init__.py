@@ -1,0 +1,14 @@
+"""What Stable Diffusion is asked to do, one task per file. Each is a generator of `Sampling`s, one per batch:
+
+for sampling in txt2img(sd, "a red apple"):
+    for step in sampling:            # a progress bar, a preview, an early stop: the loop is the caller's
+        ...
+    images = sampling.images()
+"""
+
+from minisd.tasks.img2img import img2img
+from minisd.tasks.inpaint import inpaint, outpaint
+from minisd.tasks.sampling import NonFiniteError, Sampling
+from minisd.tasks.txt2img import txt2img
+
+__all__ = ["NonFiniteError", "Sampling", "img2img", "inpaint", "outpaint", "txt2img"]
