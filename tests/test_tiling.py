@@ -123,7 +123,8 @@ def test_nothing_is_changed_and_no_gradient_is_kept(vae):
     z_before, image_before = z.clone(), image.detach().clone()
     assert not tiled_decode(vae, z, rows=8).requires_grad
     assert not tiled_encode(vae, image, rows=8).mean.requires_grad
-    assert torch.equal(z, z_before) and torch.equal(image, image_before)
+    assert torch.equal(z, z_before)
+    assert torch.equal(image, image_before)
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 
 
@@ -194,7 +195,7 @@ def test_stable_diffusion_waits_with_256_values_per_pixel():
     assert values_per_pixel(VAEConfig()) == values_per_pixel(VAEConfig(channel_mult=(1, 2, 4))) == 256
 
 
-@pytest.mark.parametrize("rows, use", [(0, "8 or 16"), (-8, "8 or 16"), (12, "8 or 16"), (30, "24 or 32")])
+@pytest.mark.parametrize(("rows", "use"), [(0, "8 or 16"), (-8, "8 or 16"), (12, "8 or 16"), (30, "24 or 32")])
 def test_rows_that_cut_a_latent_are_refused_with_two_that_do_not(vae, rows, use):
     for tiled, x in ((tiled_decode, random_latents(TINY, 2, 2)), (tiled_encode, random_image(TINY, 2, 2))):
         with pytest.raises(ValueError, match=rf"rows {rows} is not a positive multiple of 8 .* use {use}"):
@@ -219,5 +220,6 @@ def test_offloaded_stripes_free_the_accelerator():
         torch.cuda.reset_peak_memory_stats()
         images.append(tiled_decode(vae, z, rows=64, offload=offload))
         peaks.append(torch.cuda.max_memory_allocated())
-    assert images[1].is_cuda and peaks[1] < 0.7 * peaks[0]
+    assert images[1].is_cuda
+    assert peaks[1] < 0.7 * peaks[0]
     torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-4)

@@ -88,7 +88,7 @@ def values_per_pixel(config: VAEConfig) -> float:
 
 
 def res_block(block: ResBlock, stripes: Iterable[Tensor], offload=None) -> Iterator[Tensor]:
-    """ResBlock.forward without an embedding. The input is given up, stripe by stripe, for the skip and the hidden map."""
+    """ResBlock.forward without an embedding. The input is given up, stripe by stripe, for skip and hidden map."""
     skips = deque()
 
     def hidden():
