@@ -1,0 +1,239 @@
+"""The networks of an opened checkpoint, described: whole or not, every tensor's place, eps or v, what running takes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from minisd.checkpoints.detect import KNOWN_NOT_RUN, Part, Renamed
+from minisd.checkpoints.evidence import evidence_of
+from minisd.checkpoints.inspection import Inspection, Network, bytes_text
+from minisd.checkpoints.io import CheckpointError
+from minisd.checkpoints.load import TOKENS_KEY, Opened, build, foreign_tensors
+from minisd.config import PRESETS, CLIPTextConfig, CLIPVisionConfig, ModelConfig, UNetConfig
+
+TITLES = {"unet": "U-Net", "vae": "VAE", "text": "text encoder", "vision": "image encoder", "control": "ControlNet"}
+EMA = "model_ema.diffusion_model"
+CONTRADICTION = "the evidence for eps or v contradicts itself"
+
+
+def describe(found: Inspection, opened: Opened) -> None:
+    """Fill in all that the opened networks tell."""
+    parts = opened.contents.parts
+    found.kind = "a Stable Diffusion checkpoint" if {"unet", "vae", "text"} <= set(parts) else opened.contents.kind
+    if {"unet", "control"} <= set(parts):
+        found.kind += " with a ControlNet"
+    if opened.layout == "ldm" and parts:
+        found.format += ", " + _layout({part.dialect for part in parts.values()})
+    for name in TITLES:
+        if name in parts:
+            network = _network(name, parts[name], opened)
+            found.networks.append(network)
+            found.problems += [f"{network.name}: {network.problem}"] if network.problem else []
+    _account(found, opened)
+    if "unet" in parts:
+        _prediction(found, opened)
+        _ema(found, opened)
+        found.facts["input"] = _inputs(parts["unet"].config)
+    if opened.global_step is not None:
+        found.facts["global step"] = f"{opened.global_step:,}"
+    if "text" in parts:
+        _tokens(found, parts["text"].config, opened)
+    _family(found, opened)
+    _needs(found, opened)
+
+
+def _layout(dialects: set[str]) -> str:
+    if dialects & {"ldm", "openclip"}:
+        return "original layout"
+    return "diffusers names" if "diffusers" in dialects else "Hugging Face names"
+
+
+class Outline(Renamed):
+    """A part's tensors without their values: what is built from them is checked as in loading, and nothing is read."""
+
+    def __init__(self, tensors: Renamed):
+        super().__init__(tensors.file, tensors.names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")
+
+
+def _network(name: str, part: Part, opened: Opened) -> Network:
+    """A network that cannot be built keeps the count of the file's elements for that of its parameters."""
+    tensors, dtypes, stored = part.tensors, Counter(), 0
+    for key in tensors:
+        count = prod(tensors.shape(key))
+        dtypes[str(tensors.dtype(key)).removeprefix("torch.")] += count
+        stored += count * tensors.dtype(key).itemsize
+    about = _about(part.config)
+    network = Network(TITLES[name], about, len(tensors), dtypes.total(), dict(dtypes.most_common()), stored)
+    rest = Outline(opened.text_rest) if name == "text" and opened.text_rest is not None else None
+    try:
+        built = build(name, replace(part, tensors=Outline(tensors), doubt=""), device="meta", rest=rest)
+        network.parameters = sum(parameter.numel() for parameter in built.parameters())
+    except CheckpointError as error:
+        network.problem = str(error).removeprefix(":").strip()
+    return network
+
+
+def _about(config) -> str:
+    match config:
+        case UNetConfig():
+            return f"{config.in_channels} channels in, context {config.context_dim}"
+        case CLIPTextConfig():
+            known = {768: "CLIP ViT-L/14", 1024: "OpenCLIP ViT-H/14"}
+        case CLIPVisionConfig():
+            known = {1024: "CLIP ViT-L/14", 1280: "OpenCLIP ViT-H/14"}
+        case _ if hasattr(config, "hint_channels"):
+            return f"hint of {config.hint_channels} channels, context {config.unet.context_dim}"
+        case _:
+            return f"1 latent per {config.factor} × {config.factor} pixels"
+    return known.get(config.width, f"{config.width} wide") + f", {config.layers} layers"
+
+
+def _account(found: Inspection, opened: Opened) -> None:
+    """Every tensor of every file: used by a network, known and not run, or unknown."""
+    contents = opened.contents
+    found.used = sum(len(part.tensors) for part in contents.parts.values())
+    found.known = {reason: list(names) for reason, names in contents.known.items()}
+    found.unknown = list(contents.unknown)
+    if opened.layout == "diffusers":  # what the folder's extra file keeps
+        rest = set(opened.text_rest.names.values()) if opened.text_rest is not None else set()
+        found.used += len(rest)
+        for name in (name for name in opened.extras if name not in rest):
+            reason = next((reason for pattern, reason in KNOWN_NOT_RUN if pattern.match(name)), None)
+            (found.known.setdefault(reason, []) if reason else found.unknown).append(name)
+    if foreign := foreign_tensors(contents):
+        count = f"{len(foreign)} tensors in its networks are not Stable Diffusion's"
+        found.problems.append(f"{count}, so that loading refuses the file; the first is {foreign[0]}")
+
+
+def _prediction(found: Inspection, opened: Opened) -> None:
+    said, because = opened.prediction
+    more = evidence_of(opened.contents, opened.path, opened.global_step, opened.metadata)
+    found.prediction = said
+    found.evidence = [(said, because)] if said else []
+    found.evidence += [item for item in more if item not in found.evidence]
+    if said is None:
+        found.facts["prediction"] = f"eps or v? Nothing tells: {because}"
+        return
+    found.facts["prediction"] = f'{said}: {because}; prediction="{"v" if said == "eps" else "eps"}" overrides it'
+    for i, (other, why) in enumerate(found.evidence[1:], 2):
+        found.facts[f"evidence {i}"] = f"{other}: {why}" + ("" if other == said else f", CONTRADICTS {said}")
+    point_out_contradictions(found)
+
+
+def point_out_contradictions(found: Inspection) -> None:
+    found.notes = [note for note in found.notes if not note.startswith(CONTRADICTION)]
+    others = sorted({said for said, _ in found.evidence} - {found.prediction})
+    if found.prediction is not None and others:
+        found.notes.append(
+            f"{CONTRADICTION}: loading takes {found.prediction}. Where pictures come out as noise or grey, give "
+            f'prediction="{others[0]}"'
+        )
+
+
+def _ema(found: Inspection, opened: Opened) -> None:
+    found.ema_tensors = sum(name.startswith(EMA) for name in opened.extras)
+    if not found.ema_tensors:
+        counters = any(name.startswith("model_ema.") for name in opened.extras)
+        pruned = " (the EMA's counters are left: its values then usually stand under the ordinary names)"
+        found.facts["weights"] = "one set, no separate EMA copy" + (pruned if counters else "")
+        return
+    found.facts["weights"] = (
+        f'two sets: a plain load takes the raw ones, weights="ema" the EMA copy ({found.ema_tensors} tensors)'
+    )
+    names = [EMA + name.replace(".", "") for name in opened.contents.parts["unet"].tensors]
+    if lost := [name for name in names if name not in opened.extras]:
+        found.notes.append(
+            f'weights="ema" will be refused: {len(lost)} tensors of the EMA are missing, first: {lost[0]}'
+        )
+
+
+def _inputs(unet: UNetConfig) -> str:
+    kinds = {
+        5: "latents and a depth map",
+        7: "latents and the low-resolution picture",
+        8: "latents and those of the picture to edit",
+        9: "latents, the mask and the masked picture's latents",
+    }
+    others = "latents" if unet.in_channels == unet.out_channels else "latents and others"
+    y = "; y is a noise level" if unet.num_classes else "; y is an image embedding" if unet.vector_dim else ""
+    return f"{unet.in_channels} channels: {kinds.get(unet.in_channels, others)}{y}"
+
+
+def _tokens(found: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
+    try:
+        added = json.loads(opened.metadata.get(TOKENS_KEY, "{}"))
+        names = ", ".join(f"{token} ({len(ids)} vectors)" for token, ids in added.items())
+    except (ValueError, AttributeError, TypeError):
+        found.problems.append("the added tokens in its metadata are not readable")
+        return
+    more = text.vocab_size - CLIPTextConfig.vocab_size
+    if names or more > 0:
+        found.facts["tokens"] = names or f"{more} beyond CLIP's {CLIPTextConfig.vocab_size:,}, without their names"
+
+
+def _family(found: Inspection, opened: Opened) -> None:
+    parts = opened.contents.parts
+    unet = parts["unet"].config if "unet" in parts else parts["control"].config.unet if "control" in parts else None
+    if unet is not None:
+        same = {name: preset for name, preset in PRESETS.items() if preset.unet == unet}
+        found.presets = [name for name in same if same[name].prediction == found.prediction] or list(same)
+        found.family = " or ".join(same[name].name for name in found.presets)
+        if opened.config is not None and opened.config.name not in ("custom", ModelConfig.name):
+            found.family = opened.config.name
+        found.family = found.family or "custom: no official U-Net has these shapes"
+    elif "text" in parts:
+        found.family = {768: PRESETS["SD1"].name, 1024: "Stable Diffusion 2.x"}.get(parts["text"].config.width, "")
+    elif "vae" in parts and parts["vae"].config.factor == 4:
+        found.family = PRESETS["SD_X4_UPSCALER"].name
+    elif "vae" in parts:
+        found.family = "Stable Diffusion 1.x and 2.x, all but the x4 upscaler"
+        found.notes.append("SDXL's VAE has the same shapes and other latents: wrong colours mean that it is that one")
+
+
+def _needs(found: Inspection, opened: Opened) -> None:
+    parts, name = opened.contents.parts, opened.path.name
+    for doubt in sorted({part.doubt for part in parts.values() if part.doubt}):
+        found.needs.append(f"{doubt}: a diffusers folder's config.json says it, as does a file saved by minisd")
+    if "unet" in parts:
+        if "vae" not in parts:
+            found.needs.append(f"a VAE: minisd.load({name!r}, vae=FILE)")
+        if "text" not in parts:
+            found.needs.append(
+                "a text encoder, which minisd takes from the checkpoint's own file or folder: put the networks side by "
+                "side into one diffusers folder (unet/, vae/, text_encoder/)"
+            )
+        if found.prediction is None:
+            found.needs.append('prediction="eps" or prediction="v", as its author says; both can be tried')
+        _how_to_run(found, parts["unet"].config, opened)
+    elif "vae" in parts:
+        found.needs.append(f"a checkpoint whose VAE it replaces: minisd.load(CHECKPOINT, vae={name!r})")
+    elif "control" not in parts:
+        found.needs.append("a U-Net and a VAE: it is one part of a checkpoint")
+    if "control" in parts:
+        base = "" if "unet" in parts else f"a checkpoint of {found.family} for it to steer, and "
+        found.needs.append(f"{base}minisd.load_controlnet({name!r})")
+
+
+def _how_to_run(found: Inspection, unet: UNetConfig, opened: Opened) -> None:
+    if {"vae", "text"} <= set(opened.contents.parts) and found.ok:
+        command = {4: "txt2img", 9: "inpaint"}.get(unet.in_channels)
+        if command and unet.vector_dim is None:
+            start = "" if found.needs else "nothing else: "
+            found.needs.append(f'{start}minisd {command} "a red apple" --checkpoint {opened.path}')
+        else:
+            found.needs.append("its further inputs, given to the U-Net in a Conditioning (concat=, y=)")
+    run = [network for network in found.networks if network.name != TITLES["control"]]
+    stored, floats = sum(network.stored for network in run), 4 * sum(network.parameters for network in run)
+    found.needs.append(
+        f"memory for the weights: {bytes_text(stored)} as they are stored, {bytes_text(floats)} in float32; "
+        "activations come on top"
+    )
