@@ -77,7 +77,7 @@ def test_in_float32_no_pixel_is_a_hundredth_of_a_level_away():
     vae = make(CONFIGS["f8 two blocks"], torch.float32)
     z = random_latents(vae.config, 24, 12, dtype=torch.float32)
     levels = (tiled_decode(vae, z, rows=16) - vae.decode(z)).abs() * 127.5
-    assert levels.max() < 0.01  # seen: 0.0005
+    assert levels.max() < 0.01  # seen: 0.0007
 
 
 @torch.inference_mode()

@@ -137,9 +137,10 @@ def norm_silu(norm: nn.GroupNorm, stripes: Iterable[Tensor], offload=None) -> It
     waiting, counts, variances, means = deque(), [], [], []
     for x in stripes:
         groups = rearrange(x, "b (g c) h w -> b g (c h w)", g=norm.num_groups)
-        variance, mean = torch.var_mean(groups.to(_sum_dtype(x)), dim=-1, correction=0)
+        mean = groups.mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        # two passes: as exact as torch.var_mean, and several times faster on a CPU
+        variances.append((groups - mean[..., None]).square_().mean(-1))
         counts.append(groups.shape[-1])
-        variances.append(variance)
         means.append(mean)
         waiting.append(x.to(offload or x.device))
     device, dtype = x.device, x.dtype
@@ -161,10 +162,6 @@ def _affine(norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor,
     rstd, mean = (repeat(v, "b g -> b (g c) 1 1", c=per_group) for v in ((variance + norm.eps).rsqrt(), mean))
     scale = rstd * norm.weight[:, None, None]
     return scale, norm.bias[:, None, None] - mean * scale
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check(vae: VAE, name: str, x: Tensor, rows: int) -> None:
