@@ -7,7 +7,6 @@ file that minisd saves (`ModelConfig.to_json`, `ModelConfig.from_json`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Literal, get_type_hints
 
@@ -51,7 +50,7 @@ class UNetConfig:
 
     attention_levels: the levels (0 is full size) that carry transformers. Exactly one of num_heads (SD1: the same
     number everywhere) and head_width (SD2: the same width everywhere) is given. cross_only_levels: levels whose
-    self-attention is replaced by a second cross-attention. num_classes: `y` is an integer label (the upscaler's noise level);
+    self-attention is replaced by a second cross-attention. num_classes: `y` is an integer label (the noise level);
     vector_dim: `y` is a vector of that width (unCLIP).
     """
 
@@ -256,7 +255,7 @@ class Settings:
 
     Attributes:
         steps: how many times the model is asked (heun asks twice a step).
-        sampler: a name in `minisd.samplers.SAMPLERS`, or a function.
+        sampler: ddim, ddpm, dpmpp_2m, euler, euler_ancestral, heun, lms or plms; in Python also a function.
         guidance_scale: how much the prompt counts; 1 is off, and half the work.
         guidance_rescale: share in [0, 1] by which guided output gets the deviation of unguided (Lin et al. 2023).
         guidance_interval: the times t between which guidance acts; always, when None.
@@ -269,7 +268,7 @@ class Settings:
     """
 
     steps: int = 30
-    sampler: str | Callable = "ddim"
+    sampler: str = "ddim"
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None

@@ -26,7 +26,7 @@ from minisd.models.tiling import tiled_decode, tiled_encode
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
 from minisd.prompts import encode_prompts
-from minisd.tasks.sampling import Noise, NonFiniteError, Sampling, _explain, first_nonfinite_layer
+from minisd.tasks.sampling import Noise, NonFiniteError, Sampling, explain_nonfinite, first_nonfinite_layer
 
 TILE_ABOVE = 1024 * 1024  # pixels; the untiled decoder needs some 4 kB of memory for each in float32
 
@@ -170,7 +170,7 @@ class StableDiffusion:
         latents = mean + std * noise(mean)
         if not latents.isfinite().all():
             where = first_nonfinite_layer(vae, lambda: vae.encode(image))
-            raise NonFiniteError(_explain("VAE's encoder", where, "for this picture", weight.dtype))
+            raise NonFiniteError(explain_nonfinite("VAE's encoder", where, "for this picture", weight.dtype))
         return latents
 
     def decode_latents(self, latents: Tensor, settings: Settings) -> Tensor:
@@ -185,7 +185,7 @@ class StableDiffusion:
         if not images.isfinite().all():
             weight = self.vae.quant_conv.weight
             where = first_nonfinite_layer(self.vae, lambda: self.vae.decode(latents.to(weight)))
-            raise NonFiniteError(_explain("VAE's decoder", where, "for these latents", torch.float32))
+            raise NonFiniteError(explain_nonfinite("VAE's decoder", where, "for these latents", torch.float32))
         return images
 
     def _decode(self, vae: nn.Module, latents: Tensor, settings: Settings) -> Tensor:
@@ -209,8 +209,8 @@ class StableDiffusion:
             raise ValueError(f"{self.config.name} is an inpainting model ({unet.in_channels} channels): use inpaint")
         if unet.in_channels != latents or unet.num_classes is not None or unet.vector_dim is not None:
             raise ValueError(
-                f"{task} needs a model that takes {latents} latent channels and a prompt; {self.config.name} wants more "
-                "(a depth map, a picture, an embedding): call sd.unet yourself, with Conditioning(y=…, concat=…)"
+                f"{task} needs a model that takes {latents} latent channels and a prompt; {self.config.name} wants a "
+                "depth map, a picture or an embedding too: call sd.unet yourself, with Conditioning(y=…, concat=…)"
             )
 
     # ---------------------------------------------------------------------------------------------------------- files

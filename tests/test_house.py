@@ -15,7 +15,7 @@ ROWS = [  # first match wins; a later row may import from an earlier one
     ("minisd.models",),
     ("minisd.diffusion",),
     ("minisd.checkpoints",),
-    ("minisd.pipeline", "minisd.prompts", "minisd.images", "minisd.record"),
+    ("minisd.pipeline", "minisd.prompts", "minisd.tasks", "minisd.images", "minisd.record"),
     ("minisd.eval",),
     ("minisd.training",),
     ("minisd.augment",),

@@ -8,7 +8,7 @@ for sampling in txt2img(sd, "a red apple"):
 
 from minisd.tasks.img2img import img2img
 from minisd.tasks.inpaint import inpaint, outpaint
-from minisd.tasks.sampling import NonFiniteError, Sampling
+from minisd.tasks.sampling import NonFiniteError, Sampling, Step
 from minisd.tasks.txt2img import txt2img
 
-__all__ = ["NonFiniteError", "Sampling", "img2img", "inpaint", "outpaint", "txt2img"]
+__all__ = ["NonFiniteError", "Sampling", "Step", "img2img", "inpaint", "outpaint", "txt2img"]

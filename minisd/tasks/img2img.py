@@ -34,8 +34,8 @@ def img2img(
 ) -> Iterator[Sampling]:
     """Like txt2img, from `image` noised to `strength` in (0, 1]: 0 would keep it, 1 keeps next to nothing of it.
 
-    Of settings.steps only the last ⌊steps·strength⌋ run (`len(sampling)` says how many); exact_steps spaces them so that
-    settings.steps run. height, width: resize the picture first; otherwise any size is taken as it is and given back.
+    Of settings.steps only the last ⌊steps·strength⌋ run (`len(sampling)` says how many); exact_steps spaces them so
+    that settings.steps run. height, width: resize the picture first; otherwise any size is given back as it came.
     """
     settings = settings or Settings()
     sd.check_plain("img2img")
@@ -62,7 +62,7 @@ def partial_timesteps(sd: StableDiffusion, settings: Settings, strength: float, 
         count = min(math.floor(steps * strength + 1e-9), steps)
         if count == 0:
             raise ValueError(
-                f"strength {strength} of {steps} steps runs none: use {1 / steps:.3f} or more, more steps, or exact_steps"
+                f"strength {strength} of {steps} steps runs none: use {1 / steps:.3f} or more, or exact_steps"
             )
         return sd.timesteps(settings)[-count:]
     total = min(max(steps, round(steps / strength)), sd.schedule.num_timesteps)

@@ -69,13 +69,15 @@ class Sampling:
         own = {"eta": settings.eta} if settings.eta else {}
         for step in sampler(model, self.latents, sd.schedule, self.timesteps, noise=self._noise, **own):
             if not step.x.isfinite().all():
-                cond = self._conditions[0]
-                where = first_nonfinite_layer(sd.unet, lambda t=step.t: sd.run_unet(self.latents, t, cond))
-                raise NonFiniteError(_explain("U-Net", where, f"at t = {step.t}", sd.dtype))
+                raise NonFiniteError(self._nonfinite(step.t))
             if self._blend is not None:
                 self._blend(step)
             self.latents = step.x
             yield step
+
+    def _nonfinite(self, t) -> str:
+        where = first_nonfinite_layer(self.sd.unet, lambda: self.sd.run_unet(self.latents, t, self._conditions[0]))
+        return explain_nonfinite("U-Net", where, f"at t = {t}", self.sd.dtype)
 
     @torch.no_grad()
     def images(self) -> list[Image.Image]:
@@ -93,6 +95,10 @@ class Sampling:
                     stacklevel=2,
                 )
         return self._images
+
+    def origin(self, place: int) -> tuple[int, str, str]:
+        """Seed, prompt and negative prompt of one picture of the batch."""
+        return self.seeds[place], self.prompts[place], self.negative_prompts[place]
 
     def preview(self, step: Step) -> list[Image.Image]:
         """What the model believes the pictures to be, decoded from a step's x_0."""
@@ -188,7 +194,7 @@ def first_nonfinite_layer(network: nn.Module, run: Callable[[], object]) -> str 
     return found[0] if found else None
 
 
-def _explain(network: str, layer: str | None, when: str, dtype: torch.dtype) -> str:
+def explain_nonfinite(network: str, layer: str | None, when: str, dtype: torch.dtype) -> str:
     half = dtype in (torch.float16, torch.bfloat16)
     advice = (
         "use dtype=float32, or bfloat16, whose range is wider" if half else "look for damaged weights with --verify"

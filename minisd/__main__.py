@@ -1,0 +1,5 @@
+"""`python -m minisd` is the command line."""
+
+from minisd.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""The commands that draw figures and measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from minisd.cli.generate import Model, Sampled, load_model, progress
+from minisd.config import Settings
+
+
+def plot_schedules(*names: str, out: Path = Path("schedules.png")) -> None:
+    """Draw β, ᾱ and log-SNR of noise schedules in one figure.
+
+    Args:
+        names: linear, scaled_linear, cosine, each also with "-zsnr" (zero terminal SNR); all three when none is named.
+        out: the figure, .png, .svg or .pdf.
+    """
+    from minisd.plots import plot_schedules as draw
+
+    print(draw(names or ("linear", "scaled_linear", "cosine"), out))
+
+
+def plot_noising(
+    image: Path,
+    *,
+    schedules: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    steps: int = 8,
+    out: Path = Path("noising.png"),
+) -> None:
+    """Draw a picture sinking into the same noise under several schedules, one below the other.
+
+    Args:
+        image: the picture.
+        schedules: names as for `plot schedules`; linear and cosine when left out.
+        steps: how many times are shown.
+        out: the figure.
+    """
+    from minisd.images import load_image
+    from minisd.plots import plot_noising as draw
+
+    print(draw(load_image(image), out, schedules or ("linear", "cosine"), steps=steps))
+
+
+def plot_trajectory(
+    prompt: str,
+    *,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    panels: int = 10,
+    settings: Sampled = Settings(),  # noqa: B008 (frozen)
+    model: Model = Model(),  # noqa: B008
+    out: Path = Path("trajectory.png"),
+) -> None:
+    """Draw what the model believes the finished picture to be, at each time of a sampling.
+
+    Args:
+        prompt: what to draw.
+        seed: of the picture.
+        height: of the picture.
+        width: of the picture.
+        panels: how many times are shown.
+        out: the figure.
+    """
+    from minisd.plots import plot_trajectory as draw
+    from minisd.tasks import txt2img
+
+    sd = load_model(model)
+    (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
+    frames = [(float(step.t), sampling.preview(step)[0]) for step in progress(sampling)]
+    print(draw(frames, out, panels=panels))
+
+
+def plot_attention(
+    prompt: str,
+    *,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    settings: Sampled = Settings(),  # noqa: B008
+    model: Model = Model(),  # noqa: B008
+    out: Path = Path("attention.png"),
+) -> None:
+    """Draw a picture, and where it looks at each word of its prompt.
+
+    Args:
+        prompt: what to draw.
+        seed: of the picture.
+        height: of the picture.
+        width: of the picture.
+        out: the figure.
+    """
+    from minisd.models.attention_maps import AttentionMaps, prompt_words
+    from minisd.plots import plot_attention as draw
+    from minisd.prompts import chunk_prompt
+    from minisd.tasks import txt2img
+
+    sd = load_model(model)
+    (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
+    with AttentionMaps(sd.unet) as maps:
+        for _ in progress(sampling):
+            pass
+    ids = [i for chunk in chunk_prompt(sd.tokenizer, prompt, settings.convention) for i in chunk.ids]
+    print(draw(maps.mean()[0], prompt_words(sd.tokenizer, ids), sampling.images()[0], out))
+
+
+def bench_load(*, dtype: str = "float32", runs: int = 3) -> None:
+    """Time and peak memory of loading a full-size SD1 file with random weights, beside diffusers' if installed.
+
+    Args:
+        dtype: of the weights in the file.
+        runs: how often each is measured.
+    """
+    from minisd.bench import bench_load as measure
+
+    measure(dtype=dtype, runs=runs)
