@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from minisd.checkpoints.detect import Contents
+from minisd.checkpoints.diffusers_json import read_json, read_schedule
+from minisd.checkpoints.entries import CheckpointError
 from minisd.config import PRESETS, Prediction, UNetConfig
 
 # global_step of official 2.x files whose other evidence is missing
@@ -25,7 +27,10 @@ def prediction_of(
     contents: Contents, path: Path, global_step: int | None, metadata: Mapping[str, str] | None = None
 ) -> tuple[Prediction | None, str]:
     """The strongest evidence of what the U-Net predicts; (None, what is lacking) where there is none."""
-    lacking = f"no metadata, no yaml beside the file, global_step {global_step}, no official U-Net's shapes"
+    lacking = (
+        f"no metadata, no scheduler_config.json or yaml beside the file, global_step {global_step}, "
+        "no official U-Net's shapes"
+    )
     return next(evidence_of(contents, path, global_step, metadata), (None, lacking))
 
 
@@ -34,12 +39,12 @@ def evidence_of(
 ) -> Iterator[Evidence]:
     """What the U-Net predicts, and why one should think so, the strongest evidence first.
 
-    A yaml beside the file, the trainer's metadata, the official family where all its members agree, global_step, and
-    the standard deviation of one bias.
+    The trainer's metadata, a scheduler_config.json or yaml beside the file, the official family where all its members
+    agree, global_step, and the standard deviation of one bias.
     """
     unet = contents.parts["unet"]
     family = _from_family(unet.config)
-    for said in (_from_yaml(path), _from_trainer(metadata or {}), family):
+    for said in (_from_trainer(metadata or {}), _from_scheduler(path), _from_yaml(path), family):
         if said:
             yield said
     if global_step in GLOBAL_STEPS:
@@ -57,20 +62,33 @@ def _from_trainer(metadata: Mapping[str, str]) -> Evidence | None:
     return (SPOKEN[said], f"modelspec.prediction_type {said!r} in its metadata") if said in SPOKEN else None
 
 
+def _from_scheduler(path: Path) -> Evidence | None:
+    """scheduler_config.json beside the file, or in scheduler/ beside it, as in the official repositories."""
+    for place in (path.parent / "scheduler_config.json", path.parent / "scheduler" / "scheduler_config.json"):
+        if path.is_file() and place.is_file():
+            return read_schedule(read_json(place), place)[1]
+    return None
+
+
 def _from_yaml(path: Path) -> Evidence | None:
-    """The original's config: model.yaml beside model.ckpt, or the only yaml in its folder."""
-    if not path.is_file():
-        return None
-    beside = [path.with_suffix(".yaml")] if path.with_suffix(".yaml").is_file() else list(path.parent.glob("*.yaml"))
-    if len(beside) != 1:
-        return None
-    text = beside[0].read_text(encoding="utf-8", errors="replace")
-    if "LatentDiffusion" not in text and "diffusion" not in text.lower():
+    """The original's config: model.yaml beside model.ckpt, or the only yaml of a folder with this one model."""
+    beside = path.with_suffix(".yaml")
+    if not beside.is_file():
+        models = [p for p in path.parent.glob("*.*") if p.suffix in (".ckpt", ".safetensors", ".pt", ".pth", ".bin")]
+        yamls = [p for p in path.parent.glob("*.yaml") if p.is_file()]
+        if len(yamls) != 1 or models not in ([], [path]):
+            return None
+        beside = yamls[0]
+    try:
+        text = beside.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{beside}: it says what this model predicts, but cannot be read: {error}") from error
+    if "diffusion" not in text.lower():
         return None
     said = re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE)
     if said is None:
-        return "eps", f"{beside[0].name} (no parameterization, the original's default is eps)"
-    return (SPOKEN[said[1]], f"parameterization in {beside[0].name}") if said[1] in SPOKEN else None
+        return "eps", f"{beside.name} (no parameterization, the original's default is eps)"
+    return (SPOKEN[said[1]], f"parameterization in {beside.name}") if said[1] in SPOKEN else None
 
 
 def _from_family(unet: UNetConfig) -> Evidence | None:

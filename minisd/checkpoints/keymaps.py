@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minisd.config import UNetConfig, VAEConfig
+from minisd.config import ControlNetConfig, UNetConfig, VAEConfig
 from minisd.models.clip import CLIPText, CLIPVision
 from minisd.models.controlnet import ControlNet
 from minisd.models.unet import UNet
@@ -37,9 +37,12 @@ KeyMap = dict[str, Source]
 
 def take(tensors: Callable[[str], Tensor], keymap: KeyMap) -> dict[str, Tensor]:
     """Our state dict from a file's tensors: views only, nothing is copied."""
-    state = {}
+    state, packed = {}, {}
     for name, source in keymap.items():
-        tensor = tensors(source.key)
+        if source.third is None:
+            tensor = tensors(source.key)
+        else:  # read once for its three
+            tensor = packed[source.key] if source.key in packed else packed.setdefault(source.key, tensors(source.key))
         if source.third is not None:
             tensor = tensor.chunk(3)[source.third]
         if source.transposed:
@@ -68,7 +71,8 @@ def give(state: Mapping[str, Tensor], keymap: KeyMap) -> dict[str, Tensor]:
 
 def keymap(network: nn.Module, dialect: str) -> KeyMap:
     """Our tensor names of a network → where they stand in a file of that dialect (names without a file's prefix)."""
-    modules = dict(_MODULES[type(network), dialect](network.config))
+    config = network.control_config if isinstance(network, ControlNet) else network.config
+    modules = dict(_MODULES[type(network), dialect](config))
     special = _SPECIAL.get((type(network), dialect), {})
     result = {}
     for name in network.state_dict():
@@ -194,13 +198,13 @@ def _unet_modules(config: UNetConfig, dialect: str) -> Iterator[tuple[str, str]]
                     yield f"{slot}.attn.blocks.{depth}.{ours}", f"{place}.transformer_blocks.{depth}.{theirs}"
 
 
-def _controlnet_modules(config: UNetConfig, dialect: str) -> Iterator[tuple[str, str]]:
-    yield from _unet_modules(config, dialect)
-    skips = len(config.plan().skip_channels)
+def _controlnet_modules(config: ControlNetConfig, dialect: str) -> Iterator[tuple[str, str]]:
+    yield from _unet_modules(config.unet, dialect)
+    skips = len(config.unet.plan().skip_channels)
     for i in range(skips):
         yield f"zero_convs.{i}", f"zero_convs.{i}.0" if dialect == "ldm" else f"controlnet_down_blocks.{i}"
     yield "zero_conv_mid", "middle_block_out.0" if dialect == "ldm" else "controlnet_mid_block"
-    hints = 8
+    hints = 2 * len(config.hint_widths)
     for i in range(hints):
         if dialect == "ldm":
             yield f"hint.convs.{i}", f"input_hint_block.{2 * i}"

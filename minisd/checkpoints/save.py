@@ -10,19 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from minisd.checkpoints.diffusers_layout import (
-    EXTRA,
-    SUBFOLDERS,
-    WEIGHTS,
-    component_json,
-    model_index_json,
-    scheduler_json,
-)
+from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER, SUBFOLDERS, WEIGHTS
+from minisd.checkpoints.diffusers_write import VERSION, component_json, folder_json
 from minisd.checkpoints.io import save_safetensors
 from minisd.checkpoints.keymaps import KeyMap, give, keymap
-from minisd.checkpoints.load import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY, Checkpoint
+from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY
+from minisd.config import PRESETS, ModelConfig
 from minisd.models.tokenizer import Tokenizer
 
 Layout = Literal["ldm", "diffusers"]
@@ -33,6 +30,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike, *, layout: 
 
     An old file is replaced only once the new one is complete; an existing folder that is not empty is refused.
     Returns lines that say what was written and what the layout holds only in the extra file.
+
+    diffusers' pipelines load the folder as it is, except where they need a network that minisd does not have: the depth
+    model's needs depth_estimator= and feature_extractor= (MiDaS), unCLIP-L's needs image_normalizer= (its embeddings'
+    mean and deviation, which no single file holds) unless the model came from a folder that has it.
     """
     if layout == "ldm":
         return _save_file(checkpoint, Path(path))
@@ -103,13 +104,22 @@ def _write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
         place.mkdir()
         save_safetensors(place / f"{WEIGHTS[name]}.safetensors", _given(network, names), {"format": "pt"})
         _write_json(place / "config.json", component_json(name, config))
-    tokenizer = Tokenizer(length=config.text.length, pad_id=config.text.pad_id, added_tokens=checkpoint.added_tokens)
+    for place, value in folder_json(config).items():
+        _write_json(folder / place, value)
+    if normalizer := _normalizer(config, extra):
+        width = normalizer["mean"].shape[-1]
+        _write_json(
+            folder / NORMALIZER / "config.json",
+            {"_class_name": "StableUnCLIPImageNormalizer", "_diffusers_version": VERSION, "embedding_dim": width},
+        )
+        save_safetensors(folder / NORMALIZER / "diffusion_pytorch_model.safetensors", normalizer, {"format": "pt"})
+    text = config.text
+    tokenizer = Tokenizer(
+        length=text.length, pad_id=text.pad_id, dialect=text.dialect, added_tokens=checkpoint.added_tokens
+    )
     (folder / "tokenizer").mkdir()
-    for name, text in tokenizer.files().items():
-        (folder / "tokenizer" / name).write_text(text, encoding="utf-8")
-    (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(config))
-    _write_json(folder / "model_index.json", model_index_json(config))
+    for name, content in tokenizer.files().items():
+        (folder / "tokenizer" / name).write_text(content, encoding="utf-8")
     save_safetensors(folder / EXTRA, extra, metadata(checkpoint))
     return list(extra)
 
@@ -119,6 +129,18 @@ def _not_in_diffusers(text: nn.Module, names: KeyMap) -> set[str]:
     run = text.config.layers - text.config.skip
     unused = tuple(f"blocks.{i}." for i in range(run, text.config.layers))
     return {ours for ours in names if ours.startswith((*unused, "projection"))}
+
+
+def _normalizer(config: ModelConfig, extra: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """unCLIP's statistics of image embeddings, 'mean' and 'std', each '1 e'. Those of the H model are 0 and 1."""
+    if config.vision is None:
+        return None
+    kept = [extra.get(f"noise_augmentor.data_{name}") for name in ("mean", "std")]
+    if None not in kept:
+        return {name: tensor.reshape(1, -1) for name, tensor in zip(("mean", "std"), kept, strict=True)}
+    width = config.vision.projection_dim
+    is_l = config.vision == PRESETS["SD2_UNCLIP_L"].vision
+    return None if is_l or width is None else {"mean": torch.zeros(1, width), "std": torch.ones(1, width)}
 
 
 def metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -131,4 +153,5 @@ def metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def _write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,100 @@
+"""A network from a part of a checkpoint: every name and shape is checked, then the tensors are assigned, not copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from minisd.checkpoints.detect import Part, Renamed
+from minisd.checkpoints.entries import CheckpointError
+from minisd.checkpoints.keymaps import KeyMap, keymap, take
+from minisd.models.clip import CLIPText, CLIPVision
+from minisd.models.controlnet import ControlNet
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+
+NETWORKS = {"unet": UNet, "vae": VAE, "text": CLIPText, "vision": CLIPVision, "control": ControlNet}
+Cast = Callable[[torch.dtype], torch.dtype]
+
+
+def keep_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def build(
+    name: str,
+    part: Part,
+    *,
+    cast: Cast = keep_dtype,
+    device: str | torch.device = "cpu",
+    rest: Renamed | None = None,
+    where: str | os.PathLike = "",
+) -> nn.Module:
+    """The network of a part: its tensors stay mapped where the dtype stays, and are converted one by one where not.
+
+    cast: the dtype to load for the dtype in the file. rest: what the part lacks, under the names of the original's
+    files. where: the file's name, for the errors.
+    """
+    if part.doubt:
+        refuse(
+            where,
+            f"{part.doubt}: give config=, a diffusers folder (its config.json says it) or a file saved by minisd",
+        )
+    network = on_meta(name, part.config, where)
+    shapes = {ours: tuple(tensor.shape) for ours, tensor in network.state_dict().items()}
+    names = keymap(network, part.dialect)
+    held = {ours: source for ours, source in names.items() if source.key in part.tensors}
+    state = _take(name, held, part.tensors, shapes, where, cast, device)
+    if rest is not None:
+        more = keymap(network, _ORIGINAL[name]).items()
+        more = {ours: source for ours, source in more if ours not in held and source.key in rest}
+        state |= _take(name, more, rest, shapes, where, cast, device)
+    if missing := [source.key for ours, source in names.items() if ours not in state]:
+        refuse(where, f"{len(missing)} tensors of its {name} are missing, first: {missing[0]}: is it whole?")
+    used = {source.key for source in names.values()}
+    if foreign := [key for key in part.tensors if key not in used]:
+        refuse(where, f"{len(foreign)} tensors of its {name} belong to no layer of {part.config}, first: {foreign[0]}")
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval()
+
+
+_ORIGINAL = {"unet": "ldm", "vae": "ldm", "text": "openclip", "vision": "openclip"}
+
+
+def on_meta(name: str, config, where: str | os.PathLike = "") -> nn.Module:
+    """The network without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return NETWORKS[name](config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that torch refuses
+        raise CheckpointError(f"{where}: no {name} can be built from {config}: {str(error)[:200]}") from error
+
+
+def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast: Cast, device) -> dict[str, Tensor]:
+    for source in names.values():
+        shape, rank = tensors.shape(source.key), len(tensors.shape(source.key))
+        packed = source.third is not None and (rank == 0 or shape[0] % 3)
+        if packed or ((source.transposed or source.linear) and rank != 2):
+            refuse(where, f"{source.key} of its {name} has the impossible shape {shape}")
+        if not tensors.dtype(source.key).is_floating_point:
+            dtype = tensors.dtype(source.key)
+            refuse(where, f"{source.key} of its {name} holds {dtype}: quantised files are not supported")
+    seen = take(lambda key: torch.empty(tensors.shape(key), device="meta"), names)
+    for ours, tensor in seen.items():
+        if tuple(tensor.shape) != shapes[ours]:
+            key, shape = names[ours].key, tuple(tensor.shape)
+            refuse(where, f"{key} of its {name} has shape {shape}, {shapes[ours]} is expected")
+
+    def read(key: str) -> Tensor:
+        dtype = cast(tensors.dtype(key))
+        tensor = tensors[key] if dtype == tensors.dtype(key) else tensors.read(key, dtype)
+        return tensor.to(device)
+
+    return take(read, names)
+
+
+def refuse(where: str | os.PathLike, why: str):
+    raise CheckpointError(f"{where}: {why}")

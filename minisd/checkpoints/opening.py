@@ -1,0 +1,213 @@
+"""A checkpoint opened and understood, in either layout, before any of its tensors is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from minisd.checkpoints.detect import INSIDE, Contents, Renamed, account, contents
+from minisd.checkpoints.diffusers_layout import EXTRA, SUBFOLDERS, Folder, open_folder
+from minisd.checkpoints.evidence import prediction_of
+from minisd.checkpoints.io import CheckpointError, TensorFile, open_tensors
+from minisd.checkpoints.shapes import agrees
+from minisd.config import PRESETS, ModelConfig, Prediction
+from minisd.models.tokenizer import Tokenizer
+
+PREFIXES = {  # of the original's single files
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    ("text", "hf"): "cond_stage_model.transformer.",
+    ("text", "openclip"): "cond_stage_model.model.",
+    "vision": "embedder.model.visual.",
+    "control": "control_model.",
+}
+CONFIG_KEY, EVIDENCE_KEY, STEP_KEY, TOKENS_KEY = (
+    f"minisd_{name}" for name in ("config", "prediction_evidence", "global_step", "added_tokens")
+)
+WHOLE = ("unet", "vae", "text", "vision")  # the networks that ModelConfig describes
+
+
+@dataclass
+class Opened:
+    """A checkpoint that has been opened and understood, but of which no tensor has been read.
+
+    config: None where only shapes speak. extras: the tensors that no network here runs. text_rest: what diffusers
+    cannot hold of the text encoder, from the folder's extra file.
+    """
+
+    path: Path
+    layout: Literal["ldm", "diffusers"]
+    contents: Contents
+    files: list[TensorFile]
+    config: ModelConfig | None = None
+    prediction: tuple[Prediction | None, str] = (None, "")
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    global_step: int | None = None
+    added_tokens: dict[str, list[int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    extras: Renamed = field(default_factory=lambda: Renamed({}, {}))
+    text_rest: Renamed | None = None
+
+
+def open_checkpoint(path: str | os.PathLike, *, config: ModelConfig | None = None) -> Opened:
+    """Open a file or a folder and understand it. CheckpointError, naming it, for what cannot be understood.
+
+    config: for models of unofficial shapes, whose heads, say, no shape tells.
+    """
+    path = Path(path)
+    try:
+        return _understand_folder(path, config) if path.is_dir() else understand(open_tensors(path), path, config)
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
+    except (LookupError, ArithmeticError, ValueError, TypeError) as error:
+        # shapes are read by name, and unpacked: a network of which half is missing or misshapen ends here
+        raise CheckpointError(f"{path}: incomplete, it lacks a tensor that its kind must have: {error}") from error
+
+
+def understand(file: TensorFile, path: Path, config: ModelConfig | None = None) -> Opened:
+    """What a single file is, from the names, shapes, plain values and metadata of an opened one."""
+    found = contents(file)
+    opened = Opened(path, "ldm", found, [file], metadata=file.metadata)
+    opened.global_step = _step(file.extra.get("global_step", file.metadata.get(STEP_KEY)))
+    if file.dropped:
+        opened.notes.append(
+            f"pickled objects left out, nothing of them was run: {', '.join(sorted(set(file.dropped)))}"
+        )
+    names = [name for names in found.known.values() for name in names] + found.unknown
+    if "control" in found.parts and "unet" in found.parts:
+        names += found.parts["control"].tensors.names.values()
+    opened.extras = Renamed(file, {name: name for name in names})
+    if said := _stated(opened, config):
+        for name in WHOLE:
+            if name in found.parts:
+                _adopt(opened, name, getattr(said, name))
+        opened.config = said
+    elif "unet" in found.parts:
+        opened.prediction = prediction_of(found, path, opened.global_step, file.metadata)
+    opened.added_tokens = _added_tokens(opened)
+    return opened
+
+
+def _adopt(opened: Opened, name: str, said) -> None:
+    """Take what a config says about a network, if it has the shapes that were seen."""
+    part = opened.contents.parts[name]
+    if said is None or not agrees(name, said, part.config):
+        raise CheckpointError(
+            f"{opened.path}: its config and the shapes of its {name} disagree: {said} / seen: {part.config}"
+        )
+    part.config, part.doubt = said, ""
+
+
+def _understand_folder(path: Path, config: ModelConfig | None) -> Opened:
+    folder: Folder = open_folder(path)
+    found = folder.contents
+    opened = Opened(path, "diffusers", found, folder.files, notes=folder.notes, added_tokens=folder.added_tokens)
+    if (path / EXTRA).is_file():
+        _read_extra(opened)
+    elif folder.normalizer is not None:
+        names = {f"noise_augmentor.data_{name}": name for name in folder.normalizer if name in ("mean", "std")}
+        opened.extras = Renamed(folder.normalizer, names)
+    if said := _stated(opened, config):
+        for name in WHOLE:
+            if name in found.parts:
+                _agree(opened, name, getattr(said, name))
+        if folder.prediction and folder.prediction[0] != said.prediction:
+            raise CheckpointError(
+                f"{path}: scheduler/scheduler_config.json says {folder.prediction[0]}, its config {said.prediction}: "
+                "make them agree, or remove the one that is wrong"
+            )
+        opened.config = said
+    elif "unet" in found.parts:
+        opened.prediction = folder.prediction or prediction_of(found, path, opened.global_step)
+        opened.config = _config_of_folder(folder, opened.prediction[0])
+    return opened
+
+
+def _read_extra(opened: Opened) -> None:
+    extra = open_tensors(opened.path / EXTRA)
+    opened.files.append(extra)
+    opened.metadata, opened.global_step = extra.metadata, _step(extra.metadata.get(STEP_KEY))
+    if TOKENS_KEY in extra.metadata:
+        opened.added_tokens = _added_tokens(opened)
+    opened.extras = Renamed(extra, {name: name for name in extra})
+    prefix = PREFIXES["text", "openclip"]
+    rest = [name for name in extra if name.startswith(prefix) and not INSIDE.match(name)]
+    opened.text_rest = Renamed(extra, {name.removeprefix(prefix): name for name in rest})
+    account([name for name in extra if name not in rest], opened.contents, f"{EXTRA}/")
+
+
+def _agree(opened: Opened, name: str, said) -> None:
+    """A folder says everything twice, in its config.json files and in the checksummed metadata: they must agree."""
+    part = opened.contents.parts[name]
+    same = said
+    if name == "text" and said is not None:  # diffusers holds neither the last block nor the projection
+        unshown = ("pad_id", "bos_id", "eos_id", "dialect", "projection_dim")
+        same = replace(said, layers=said.layers - said.skip, skip=0)
+        same = replace(same, **{field: getattr(part.config, field) for field in unshown})
+    if name == "unet" and said is not None and said.plan() == part.config.plan():  # heads by number or by width
+        same = replace(said, num_heads=part.config.num_heads, head_width=part.config.head_width)
+    if same != part.config:
+        raise CheckpointError(
+            f"{opened.path}: {SUBFOLDERS[name]}/config.json and the config in {EXTRA} disagree: {part.config} / {said}"
+        )
+    part.config = said
+
+
+def _config_of_folder(folder: Folder, prediction: Prediction | None) -> ModelConfig:
+    parts = folder.contents.parts
+    text = parts["text"].config if "text" in parts else None
+    if text is not None and folder.pad_id is not None and text.vocab_size >= 49408:
+        parts["text"].config = replace(text, pad_id=folder.pad_id)
+    config = family(folder.contents, prediction)
+    if folder.sample_size is not None:
+        config = replace(config, image_size=folder.sample_size * config.vae.factor)
+    return replace(config, schedule=folder.schedule or config.schedule)
+
+
+def family(found: Contents, prediction: Prediction | None) -> ModelConfig:
+    """The preset of these shapes and this prediction, or SD1's frame under the name "custom"."""
+    parts = {name: part.config for name, part in found.parts.items() if name in WHOLE}
+    candidates = [preset for preset in PRESETS.values() if preset.unet == parts["unet"]]
+    exact = next((preset for preset in candidates if preset.prediction == prediction), None)
+    preset = exact or (candidates[0] if candidates else replace(ModelConfig(), name="custom"))
+    return replace(preset, **parts, prediction=prediction or preset.prediction)
+
+
+# ------------------------------------------------------------------------------------------------ what the metadata say
+
+
+def _stated(opened: Opened, config: ModelConfig | None) -> ModelConfig | None:
+    """The config that was given, or minisd's own metadata, which say everything; with the prediction they state."""
+    if config is not None:
+        opened.prediction = config.prediction, "config= was given"
+        return config
+    if CONFIG_KEY not in opened.metadata:
+        return None
+    try:
+        config = ModelConfig.from_json(opened.metadata[CONFIG_KEY])
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{opened.path}: the config in its metadata is not readable: {error}") from error
+    opened.prediction = config.prediction, opened.metadata.get(EVIDENCE_KEY) or "minisd's metadata"
+    return config
+
+
+def _step(value) -> int | None:
+    """global_step, where it is a number that somebody may have counted to."""
+    text = str(value)
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
+
+
+def _added_tokens(opened: Opened) -> dict[str, list[int]]:
+    """Placeholders and their ids, as the tokenizer takes them and the token embedding has rows for."""
+    text = opened.metadata.get(TOKENS_KEY, "{}")
+    try:
+        tokens = Tokenizer(added_tokens=json.loads(text)).added_tokens
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise CheckpointError(f"{opened.path}: the added tokens in its metadata are damaged: {error}") from error
+    return tokens
