@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from math import prod
@@ -10,11 +9,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from minisd.checkpoints.detect import KNOWN_NOT_RUN, Part, Renamed
+from minisd.checkpoints.building import build
+from minisd.checkpoints.detect import Part, Renamed
+from minisd.checkpoints.diffusers_layout import EXTRA
 from minisd.checkpoints.evidence import evidence_of
 from minisd.checkpoints.inspection import Inspection, Network, bytes_text
 from minisd.checkpoints.io import CheckpointError
-from minisd.checkpoints.load import TOKENS_KEY, Opened, build, foreign_tensors
+from minisd.checkpoints.load import foreign_tensors
+from minisd.checkpoints.opening import Opened
 from minisd.config import PRESETS, CLIPTextConfig, CLIPVisionConfig, ModelConfig, UNetConfig
 
 TITLES = {"unet": "U-Net", "vae": "VAE", "text": "text encoder", "vision": "image encoder", "control": "ControlNet"}
@@ -91,7 +93,7 @@ def _about(config) -> str:
         case CLIPVisionConfig():
             known = {1024: "CLIP ViT-L/14", 1280: "OpenCLIP ViT-H/14"}
         case _ if hasattr(config, "hint_channels"):
-            return f"hint of {config.hint_channels} channels, context {config.unet.context_dim}"
+            return f"context {config.unet.context_dim}, {config.hint_channels}-channel hint"
         case _:
             return f"1 latent per {config.factor} × {config.factor} pixels"
     return known.get(config.width, f"{config.width} wide") + f", {config.layers} layers"
@@ -103,12 +105,11 @@ def _account(found: Inspection, opened: Opened) -> None:
     found.used = sum(len(part.tensors) for part in contents.parts.values())
     found.known = {reason: list(names) for reason, names in contents.known.items()}
     found.unknown = list(contents.unknown)
-    if opened.layout == "diffusers":  # what the folder's extra file keeps
-        rest = set(opened.text_rest.names.values()) if opened.text_rest is not None else set()
-        found.used += len(rest)
-        for name in (name for name in opened.extras if name not in rest):
-            reason = next((reason for pattern, reason in KNOWN_NOT_RUN if pattern.match(name)), None)
-            (found.known.setdefault(reason, []) if reason else found.unknown).append(name)
+    placed = {name for names in found.known.values() for name in names}
+    rest = opened.text_rest.names.values() if opened.text_rest is not None else ()
+    found.used += sum(f"{EXTRA}/{name}" not in placed for name in rest)
+    if opened.layout == "diffusers" and not rest:  # the folder of unCLIP's normaliser
+        found.known |= {"unCLIP embedding statistics": list(opened.extras)} if opened.extras else {}
     if foreign := foreign_tensors(contents):
         count = f"{len(foreign)} tensors in its networks are not Stable Diffusion's"
         found.problems.append(f"{count}, so that loading refuses the file; the first is {foreign[0]}")
@@ -169,12 +170,7 @@ def _inputs(unet: UNetConfig) -> str:
 
 
 def _tokens(found: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
-    try:
-        added = json.loads(opened.metadata.get(TOKENS_KEY, "{}"))
-        names = ", ".join(f"{token} ({len(ids)} vectors)" for token, ids in added.items())
-    except (ValueError, AttributeError, TypeError):
-        found.problems.append("the added tokens in its metadata are not readable")
-        return
+    names = ", ".join(f"{token} ({len(ids)} vectors)" for token, ids in opened.added_tokens.items())
     more = text.vocab_size - CLIPTextConfig.vocab_size
     if names or more > 0:
         found.facts["tokens"] = names or f"{more} beyond CLIP's {CLIPTextConfig.vocab_size:,}, without their names"

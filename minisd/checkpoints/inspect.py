@@ -15,8 +15,9 @@ from minisd.checkpoints.diffusers_layout import SUBFOLDERS, Tensors
 from minisd.checkpoints.health import PROBE_THRESHOLD, examine, forward_probe
 from minisd.checkpoints.inspection import Inspection, bytes_text
 from minisd.checkpoints.io import CheckpointError, TensorFile, flatten, open_tensors
-from minisd.checkpoints.kinds import other_kind
-from minisd.checkpoints.load import Opened, load_network, open_checkpoint
+from minisd.checkpoints.kinds import Kind, other_kind
+from minisd.checkpoints.load import load_network
+from minisd.checkpoints.opening import Opened, open_checkpoint
 
 
 def inspect_checkpoint(path: str | os.PathLike, *, probe: bool = False, verify: bool = False) -> Inspection:
@@ -44,26 +45,31 @@ def inspect_checkpoint(path: str | os.PathLike, *, probe: bool = False, verify: 
 
 def _file(path: Path, file: TensorFile) -> Inspection:
     found = Inspection(str(path), "", _size(path), file.format, tensors=len(file))
-    if other := other_kind(file):
-        found.kind, found.family = other.kind, other.base
-        found.facts, found.needs, found.problems = other.facts, other.needs, other.problems
-        found.used, found.unknown = len(other.used), [name for name in file if name not in other.used]
-        if not other.used:
-            found.groups, found.unknown = _groups(file), []
-    else:
-        try:
+    try:
+        if other := other_kind(file):
+            _other(found, other, file)
+        else:
             describe(found, open_checkpoint(path))
-        except CheckpointError as error:
-            found.kind = "tensors that minisd cannot make a network of"
-            found.problems.append(_bare(error, path))
-        if not found.networks:
-            found.groups, found.unknown = _groups(file), []
-            found.problems = found.problems or ["its tensors are those of no network that minisd knows"]
+    except CheckpointError as error:
+        found.problems.append(_bare(error, path))
+    except (LookupError, ArithmeticError, ValueError, TypeError) as error:
+        # shapes are unpacked by name: what is misshapen ends here
+        found.problems.append(f"its tensors have the names of a known kind and impossible shapes ({error})")
+    if not found.networks and not found.used:
+        found.kind = found.kind or "tensors that minisd cannot make a network of"
+        found.groups, found.unknown = _groups(file), []
+        found.problems = found.problems or ["its tensors are those of no network that minisd knows"]
     if file.dropped:
         names = ", ".join(sorted(set(file.dropped)))
         found.notes.append(f"pickled objects were left out, nothing of them was run: {names}")
     _beside_state_dict(found, file)
     return found
+
+
+def _other(found: Inspection, other: Kind, file: TensorFile) -> None:
+    found.kind, found.family, found.facts = other.kind, other.base, other.facts
+    found.needs, found.problems = other.needs, other.problems
+    found.used, found.unknown = len(other.used), [name for name in file if name not in other.used]
 
 
 def _folder(path: Path) -> tuple[Inspection, list[TensorFile]]:
@@ -141,7 +147,7 @@ def _folder_files(found: Inspection, opened: Opened) -> None:
         if unused := sorted(str(file.relative_to(opened.path)) for file in beside - read):
             found.notes.append(f"not read, another file of the {TITLES[network]} comes first: {_few(unused)}")
     optional = {
-        "scheduler": "the noise schedule is then SD's own, and eps or v told from the weights",
+        "scheduler": "the noise schedule is then SD's own, and eps or v told otherwise",
         "tokenizer": "CLIP's own comes with minisd",
     }
     if (opened.path / SUBFOLDERS["unet"]).is_dir():
@@ -156,7 +162,9 @@ def _verify(found: Inspection, files: Iterable[TensorFile]) -> None:
     health = examine(files)
     found.problems += health.damage
     if health.checksums:
-        found.facts["checksums"] = f"match in {health.checksums} of {health.files} files"
+        found.facts["checksums"] = "match" + (
+            f" in {health.checksums} of {health.files} files" if health.files > 1 else ""
+        )
     elif not health.damage:
         found.facts["checksums"] = "none in it (torch's zip files have them, and what minisd saves)"
     for what, tensors in (("NaN", health.nan), ("Inf", health.inf)):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 WIDTH = 100
-LABEL = 12
+LABEL = 14
 FEW = 5  # names listed without verbose
 
 
