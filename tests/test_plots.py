@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -175,6 +176,26 @@ def test_every_plot_is_a_picture_of_the_expected_size_and_not_blank(tmp_path):
         assert (pixels[[0, -1]] == 255).all(), "something is clipped at the edge"
         assert (pixels[:, [0, -1]] == 255).all(), "something is clipped at the edge"
     assert sorted(tmp_path.iterdir()) == sorted(sizes)
+
+
+@pytest.mark.parametrize("size", [(64, 8), (8, 64)], ids=["wide", "narrow"])
+def test_no_text_is_clipped_or_overlaps_another(size):
+    image, maps = gradient(*size), torch.full((4, 4, 4), 0.25)
+    figures = [
+        schedules_figure([name + suffix for suffix in ("", "-zsnr") for name in ("linear", "scaled_linear", "cosine")]),
+        noising_figure(image, ("linear", "scaled_linear-zsnr"), steps=5),
+        trajectory_figure([(981.25, image)] * 4),
+        attention_figure(maps, [("photorealistic", [1]), ("antidisestablishmentarianism", [2])], image),
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+        inches = figure.get_tightbbox()
+        assert (inches.min >= 0).all()
+        assert (inches.max <= figure.get_size_inches()).all()
+        texts = [text for panel in figure.axes for text in (panel.title, panel.xaxis.label, panel.yaxis.label)]
+        texts += [text for legend in figure.legends for text in legend.get_texts()]
+        for one, other in combinations([text for text in texts if text.get_text()], 2):
+            assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
 
 
 def test_pictures_of_a_strip_reach_the_file_unchanged(tmp_path):

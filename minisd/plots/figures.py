@@ -50,7 +50,7 @@ def strip(
     width, height = picture
     gap, title, caption = 12, 48, 44 * captions
     left = max((17 * len(text) + gap for text in row_titles), default=0)
-    cell = max(width, 190)  # a caption's width
+    cell = max(width, 250 if titles_in_every_row else 190)  # the longest word, the longest caption
     pitch = height + caption + gap + title * titles_in_every_row
     total = left + gap + columns * (cell + gap), rows * pitch + title * (not titles_in_every_row)
     figure = new_figure(total[0] / DPI, total[1] / DPI)
