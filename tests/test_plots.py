@@ -485,7 +485,7 @@ def test_a_panel_lights_where_the_tokens_of_its_word_are_looked_at():
     figure = attention_figure(maps, [("photobombing", [1, 2]), ("cat", [3])], Image.new("RGB", (64, 64), "white"))
     image, first, second = figure.axes
     assert [panel.get_title() for panel in figure.axes] == ["image", "photobombing", "cat"]
-    assert [panel.get_xlabel() for panel in figure.axes] == ["", "max 5.0%", "max 25.0%"]
+    assert [panel.get_xlabel() for panel in figure.axes] == ["", "0.0 – 5.0 %", "0.0 – 25.0 %"]
     assert (shown(image) == 255).all()
     cell = 256 // 8
     for panel, (row, column) in ((first, (1, 6)), (second, (6, 1))):
@@ -509,3 +509,9 @@ def test_words_with_dollar_signs_are_no_formulas(tmp_path):
 def test_maps_that_do_not_fit_the_words_are_refused(shape, words, message):
     with pytest.raises(ValueError, match=message):
         attention_figure(torch.zeros(shape), words, gradient())
+
+
+def test_a_flat_map_is_the_dimmed_picture():
+    panel = attention_figure(torch.full((3, 4, 4), 0.02), [("a", [1])], Image.new("RGB", (32, 32), "white")).axes[1]
+    np.testing.assert_allclose(np.asarray(panel.images[0].get_array()), 0.4, atol=1e-6)
+    assert panel.get_xlabel() == "2.0 – 2.0 %"

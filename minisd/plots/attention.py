@@ -23,8 +23,9 @@ def plot_attention(
     """One panel per word: where the picture looks at it, as light over the dimmed picture (Hertz et al. 2022).
 
     maps: 'l h w', one image of `AttentionMaps.mean()`. words: (word, positions among the l tokens), as `prompt_words`
-    gives them; the tokens of a word are added up. Every panel is scaled to its own maximum, which stands beside the
-    word as a share of all attention at that place: tokens that are no words (BOS above all) take most of it.
+    gives them; the tokens of a word are added up. Every panel is stretched from its own least to its own greatest
+    value, which stand below it as shares of all attention at those places: where they hardly differ, it shows little
+    but noise. Tokens that are no words (BOS above all) take most of the attention.
     """
     return save(attention_figure(maps, words, image, columns=columns), out)
 
@@ -54,22 +55,23 @@ def attention_figure(
         panel.imshow(_glow(heat, picture))
         # a prompt may hold dollar signs: they are no formula
         panel.set_title(_cut(text), fontsize=LARGE, parse_math=False)
-        panel.set_xlabel(f"max {heat.max():.1%}", fontsize=SMALL)
+        panel.set_xlabel(f"{100 * heat.min():.1f} – {100 * heat.max():.1f} %", fontsize=SMALL)
     for panel in panels[len(words) + 1 :]:
         panel.remove()
     return figure
 
 
 def _glow(heat: np.ndarray, picture: Image) -> np.ndarray:
-    """Heat 'h w', scaled to its maximum and resized, as light in matplotlib's inferno over the dimmed grey picture."""
+    """Heat 'h w', stretched to [0, 1] and resized, as light in matplotlib's inferno over the dimmed grey picture."""
     import matplotlib
     from PIL import Image as pil
 
     dimmed = np.asarray(picture.convert("L").convert("RGB")) / 255 * 0.4
-    scaled = pil.fromarray((heat / max(heat.max(), 1e-30)).astype(np.float32))
-    scaled = np.asarray(scaled.resize(picture.size, pil.Resampling.BICUBIC)).clip(0, 1)
-    light = matplotlib.colormaps["inferno"](scaled)[..., :3]
-    return dimmed * (1 - scaled[..., None]) + light * scaled[..., None]
+    stretched = pil.fromarray(((heat - heat.min()) / max(np.ptp(heat), 1e-30)).astype(np.float32))
+    stretched = np.asarray(stretched.resize(picture.size, pil.Resampling.BICUBIC)).clip(0, 1)
+    light = matplotlib.colormaps["inferno"](stretched)[..., :3]
+    opacity = 0.8 * stretched[..., None]  # below 1, so that the picture is seen even in the brightest light
+    return dimmed * (1 - opacity) + light * opacity
 
 
 def _cut(text: str, length: int = 14) -> str:
