@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -54,19 +55,23 @@ def _look(health: Health, name: str, tensor: Tensor) -> None:
     health.tensors += 1
     if not tensor.is_floating_point() and not tensor.is_complex():
         return
-    nan = inf = nonzero = 0
-    for chunk in tensor.reshape(-1).split(CHUNK):
-        # eight-bit floats have no isnan of their own
+    nan, inf, zero = 0, 0, True
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    for chunk in flat.reshape(-1).split(CHUNK):
+        if not chunk.numel():
+            continue
+        # eight-bit floats have no comparisons of their own; one pass over the rest, a NaN is both least and greatest
         chunk = chunk.float() if chunk.dtype.itemsize == 1 else chunk
-        nonzero += bool(chunk.any())
-        if not chunk.isfinite().all():
+        least, greatest = (bound.item() for bound in chunk.aminmax())
+        zero = zero and least == greatest == 0
+        if not math.isfinite(least) or not math.isfinite(greatest):
             nan += int(chunk.isnan().sum())
             inf += int(chunk.isinf().sum())
     if nan:
         health.nan[name] = nan
     if inf:
         health.inf[name] = inf
-    if tensor.numel() and not nonzero and name.endswith("weight"):
+    if tensor.numel() and zero and name.endswith("weight"):
         health.zero.append(name)
 
 
