@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -20,30 +22,40 @@ def load_image(path: str | os.PathLike) -> Image.Image:
             return ImageOps.exif_transpose(image).copy()
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such picture") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable picture ({error})") from error
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
     """'1 3 h w' in [-1, 1] from any PIL image, transparent parts over white; size (height, width) resizes (Lanczos)."""
-    image = ImageOps.exif_transpose(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if size is not None and (image.height, image.width) != size:
+    image = _opaque(image, "white").convert("RGB")
+    if size is not None and (image.height, image.width) != tuple(size):
         image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
 
 
 def to_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
     """'1 1 h w' bool, True where the mask is white (128 or more): the part to repaint. size: (height, width)."""
-    mask = ImageOps.exif_transpose(mask)
-    if mask.mode in ("RGBA", "LA"):
-        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
-    if (mask.height, mask.width) != size:
+    mask = _opaque(mask, "black")
+    if (mask.height, mask.width) != tuple(size):
         raise ValueError(f"the mask is {mask.width}×{mask.height}, the picture {size[1]}×{size[0]}: make them equal")
     return torch.from_numpy(np.array(mask.convert("L")) >= 128)[None, None]
+
+
+def _opaque(image: Image.Image, background: str) -> Image.Image:
+    """Upright (EXIF honoured), 8 bits deep, transparent parts over the background."""
+    if not isinstance(image, Image.Image):
+        kind = type(image).__name__
+        raise ValueError(f"a picture is a PIL image, not {kind}: files are opened by minisd.images.load_image")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL itself would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("a picture of floats has no known range: convert it to 8 bits first")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -64,12 +76,24 @@ def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
 
 
 def inward_feather(mask: Tensor, width: int) -> Tensor:
-    """Weights 'b 1 h w' in [0, 1]: 0 outside the mask, rising inside it to 1 at `width` pixels from its border."""
-    inside, total = mask.float(), torch.zeros_like(mask, dtype=torch.float32)
-    for _ in range(max(width, 1)):
-        total += inside
-        inside = -F.max_pool2d(-inside, 3, stride=1, padding=1)  # erode by one pixel; the picture's edge is no border
-    return total / max(width, 1)
+    """Weights 'b 1 h w' in [0, 1]: 0 outside the mask, rising inside it to 1 at `width` pixels from its border.
+
+    In parts too narrow for that they reach 1 in the middle: the depth of a pixel is divided by that of the deepest
+    square inside the mask which it belongs to. The picture's edge is no border.
+    """
+    if width < 0:
+        raise ValueError(f"feather is {width}: it is a number of pixels, 0 or more")
+    inside = mask.float()
+    depth, deepest = torch.zeros_like(inside), torch.zeros_like(inside)
+    for n in range(max(width, 1)):
+        depth += inside
+        # where a square of 2n + 1 pixels fits in: opening, one axis after the other
+        square = F.max_pool2d(F.max_pool2d(inside, (1, 2 * n + 1), 1, (0, n)), (2 * n + 1, 1), 1, (n, 0))
+        deepest += square
+        inside = -F.max_pool2d(-inside, 3, stride=1, padding=1)  # one pixel less all round
+        if not inside.any():
+            break
+    return torch.where(mask, depth / deepest, 0.0)
 
 
 def composite(original: Tensor, painted: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +104,9 @@ def composite(original: Tensor, painted: Tensor, weight: Tensor) -> Tensor:
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
     """All pictures of one size on one sheet, about square unless columns are given."""
-    columns = columns or max(1, round(len(images) ** 0.5 + 0.499))
+    if not images:
+        raise ValueError("a grid needs at least one picture")
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)
     width, height = max(i.width for i in images), max(i.height for i in images)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")

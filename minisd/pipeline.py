@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import difflib
+import inspect
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisd import tasks
 from minisd.checkpoints.load import Checkpoint, load_checkpoint, load_network
@@ -22,13 +24,11 @@ from minisd.diffusion.prediction import Model, from_v, from_x_0
 from minisd.diffusion.schedule import Schedule, cosine_betas, linear_betas, scaled_linear_betas, zero_terminal_snr
 from minisd.diffusion.spacing import karras_sigmas
 from minisd.models.controlnet import ControlNet
-from minisd.models.tiling import tiled_decode, tiled_encode
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
 from minisd.prompts import encode_prompts
-from minisd.tasks.sampling import Noise, NonFiniteError, Sampling, explain_nonfinite, first_nonfinite_layer
-
-TILE_ABOVE = 1024 * 1024  # pixels; the untiled decoder needs some 4 kB of memory for each in float32
+from minisd.tasks.nonfinite import nonfinite_error
+from minisd.tasks.sampling import Sampling
 
 
 class StableDiffusion:
@@ -70,34 +70,22 @@ class StableDiffusion:
     # ------------------------------------------------------------------------------------------------------- tasks
 
     def txt2img(self, prompt: str | Sequence[str], **options) -> list[Image.Image]:
-        """Pictures of a prompt. options: those of `tasks.txt2img`, and the fields of `Settings` by name."""
-        return self._images(tasks.txt2img, prompt, **options)
+        """Pictures of a prompt. options: those of `tasks.txt2img`, and the fields of `Settings`, by name."""
+        return _pictures(tasks.txt2img, self, prompt, options=options)
 
     def img2img(self, prompt: str | Sequence[str], image: Image.Image, **options) -> list[Image.Image]:
-        """Pictures after a picture. options: those of `tasks.img2img`, and the fields of `Settings` by name."""
-        return self._images(tasks.img2img, prompt, image, **options)
+        """Pictures after a picture. options: those of `tasks.img2img`, and the fields of `Settings`, by name."""
+        return _pictures(tasks.img2img, self, prompt, image, options=options)
 
     def inpaint(
         self, prompt: str | Sequence[str], image: Image.Image, mask: Image.Image, **options
     ) -> list[Image.Image]:
         """A picture repainted where the mask is white. options: as above, of `tasks.inpaint`."""
-        return self._images(tasks.inpaint, prompt, image, mask, **options)
+        return _pictures(tasks.inpaint, self, prompt, image, mask, options=options)
 
     def outpaint(self, prompt: str | Sequence[str], image: Image.Image, **options) -> list[Image.Image]:
         """A picture painted on beyond its edges. options: as above, of `tasks.outpaint`."""
-        return self._images(tasks.outpaint, prompt, image, **options)
-
-    def _images(self, task, *args, **options) -> list[Image.Image]:
-        """Split the options into the task's own and `Settings`, whose constructors refuse what neither knows."""
-        names = Settings.__dataclass_fields__.keys() & options.keys()
-        if names and "settings" in options:
-            raise ValueError(f"give {', '.join(sorted(names))} inside settings, or leave settings out")
-        if names:
-            options = {k: v for k, v in options.items() if k not in names} | {
-                "settings": Settings(**{name: options[name] for name in names})
-            }
-        samplings: Iterable[Sampling] = task(self, *args, **options)
-        return [image for sampling in samplings for image in sampling.images() if not sampling.is_draft]
+        return _pictures(tasks.outpaint, self, prompt, image, options=options)
 
     # ----------------------------------------------------------------------------- the parts that tasks are made of
 
@@ -108,10 +96,15 @@ class StableDiffusion:
         def text_encoder(ids: Tensor) -> Tensor:
             return self.text_encoder(ids, skip=settings.clip_skip)
 
-        with torch.no_grad():
-            context = encode_prompts(
+        def encode() -> Tensor:
+            return encode_prompts(
                 text_encoder, self.tokenizer, prompts, convention=settings.convention, device=self.device
             )
+
+        with torch.no_grad():
+            context = encode()
+        if not context.isfinite().all():
+            raise nonfinite_error("text encoder", self.text_encoder, encode)
         return Conditioning(context.to(self.dtype))
 
     def guided_model(self, cond: Conditioning, uncond: Conditioning | None, settings: Settings) -> Model:
@@ -144,6 +137,8 @@ class StableDiffusion:
         for name, side in sides.items():
             side = self.config.image_size if side is None else side
             factor = self.config.vae.factor
+            if not isinstance(side, int):
+                raise ValueError(f"{name} is {side!r}: give a whole number of pixels")
             if side < factor or side % factor:
                 lower = max(side // factor * factor, factor)
                 raise ValueError(
@@ -156,56 +151,15 @@ class StableDiffusion:
         vae = self.config.vae
         return vae.latent_channels, height // vae.factor, width // vae.factor
 
-    def encode_image(self, image: Tensor, noise: Noise, settings: Settings) -> Tensor:
-        """Latents 'b c h w' of an image 'b 3 H W' in [-1, 1], sampled with each image's own noise, float32."""
-        vae = self.vae
-        weight = vae.quant_conv.weight
-        image = image.to(weight.device, weight.dtype)
-        with torch.no_grad():
-            if rows := self._stripe_rows(image.shape[-2] * image.shape[-1], settings):
-                posterior = tiled_encode(vae, image, rows=rows)
-            else:
-                posterior = vae.encode(image)
-        mean, std = posterior.mean.float(), posterior.std.float()
-        latents = mean + std * noise(mean)
-        if not latents.isfinite().all():
-            where = first_nonfinite_layer(vae, lambda: vae.encode(image))
-            raise NonFiniteError(explain_nonfinite("VAE's encoder", where, "for this picture", weight.dtype))
-        return latents
-
-    def decode_latents(self, latents: Tensor, settings: Settings) -> Tensor:
-        """Images 'b 3 H W' in about [-1, 1] of latents; a half-precision VAE that fails is run again in float32."""
-        images = self._decode(self.vae, latents, settings)
-        if images.isfinite().all():
-            return images
-        dtype = self.vae.quant_conv.weight.dtype
-        if dtype != torch.float32:
-            warnings.warn(f"the VAE gave NaN in {dtype}: decoding again in float32", stacklevel=2)
-            images = self._decode(copy.deepcopy(self.vae).float(), latents, settings)
-        if not images.isfinite().all():
-            weight = self.vae.quant_conv.weight
-            where = first_nonfinite_layer(self.vae, lambda: self.vae.decode(latents.to(weight)))
-            raise NonFiniteError(explain_nonfinite("VAE's decoder", where, "for these latents", torch.float32))
-        return images
-
-    def _decode(self, vae: nn.Module, latents: Tensor, settings: Settings) -> Tensor:
-        latents = latents.to(vae.quant_conv.weight)
-        pixels = latents.shape[-2] * latents.shape[-1] * self.config.vae.factor**2
-        with torch.no_grad():
-            if rows := self._stripe_rows(pixels, settings):
-                return tiled_decode(vae, latents, rows=rows).float()
-            return vae.decode(latents).float()
-
-    def _stripe_rows(self, pixels: int, settings: Settings) -> int:
-        """How many rows a stripe of the VAE has; 0 runs it whole."""
-        if settings.tile is None:
-            return 64 if pixels > TILE_ABOVE else 0
-        return settings.tile
+    @property
+    def is_inpainting_model(self) -> bool:
+        """Whether the U-Net takes, after x_t, a mask and the latents of what it does not cover."""
+        return self.config.unet.in_channels == 2 * self.config.vae.latent_channels + 1
 
     def check_plain(self, task: str) -> None:
         """ValueError where the U-Net wants more than noise, time and prompt."""
         unet, latents = self.config.unet, self.config.vae.latent_channels
-        if unet.in_channels == 2 * latents + 1:
+        if self.is_inpainting_model:
             raise ValueError(f"{self.config.name} is an inpainting model ({unet.in_channels} channels): use inpaint")
         if unet.in_channels != latents or unet.num_classes is not None or unet.vector_dim is not None:
             raise ValueError(
@@ -219,6 +173,25 @@ class StableDiffusion:
         """Write the model as one .safetensors file or a diffusers folder, all or nothing; says what was written."""
         self.checkpoint.added_tokens = self.tokenizer.added_tokens
         return save_checkpoint(self.checkpoint, path, layout=layout)
+
+
+def _pictures(task: Callable[..., Iterator[Sampling]], *args, options: dict) -> list[Image.Image]:
+    """All pictures of a task, its options told apart from those of `Settings`; ValueError for those of neither."""
+    parameters = inspect.signature(task).parameters.values()
+    own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    of_settings = {field.name for field in fields(Settings)}
+    if unknown := next((name for name in options if name not in own | of_settings), None):
+        near = difflib.get_close_matches(unknown, sorted(own | of_settings), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"{task.__name__} has no option {unknown!r}: {hint}known: {', '.join(sorted(own | of_settings))}"
+        )
+    given = {name: options.pop(name) for name in of_settings & options.keys()}
+    if given and options.get("settings") is not None:
+        raise ValueError(f"give {', '.join(sorted(given))} inside settings, or leave settings out")
+    if given:
+        options["settings"] = Settings(**given)
+    return [image for sampling in task(*args, **options) if not sampling.is_draft for image in sampling.images()]
 
 
 def load(

@@ -6,9 +6,11 @@ for sampling in txt2img(sd, "a red apple"):
     images = sampling.images()
 """
 
+from minisd.diffusion.samplers import Step
 from minisd.tasks.img2img import img2img
 from minisd.tasks.inpaint import inpaint, outpaint
-from minisd.tasks.sampling import NonFiniteError, Sampling, Step
+from minisd.tasks.nonfinite import NonFiniteError
+from minisd.tasks.sampling import Sampling
 from minisd.tasks.txt2img import txt2img
 
 __all__ = ["NonFiniteError", "Sampling", "Step", "img2img", "inpaint", "outpaint", "txt2img"]

@@ -12,9 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.config import Settings
-from minisd.images import composite, inward_feather, pad_to_multiple, to_mask, to_tensor, to_uint8
+from minisd.diffusion.samplers import Step
+from minisd.diffusion.schedule import Schedule
+from minisd.images import composite, inward_feather, pad_to_multiple, to_mask, to_pil, to_tensor, to_uint8
+from minisd.models.vae import DiagonalGaussian
 from minisd.tasks.img2img import partial_timesteps
-from minisd.tasks.sampling import Noise, Sampling, batches, encode_pairs
+from minisd.tasks.latents import encode_picture
+from minisd.tasks.sampling import Batch, Sampling, batches, sampler_of
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
@@ -41,13 +45,41 @@ def inpaint(
     resampling). The painted pixels are blended in over `feather` pixels inside the mask. strength < 1 keeps traces of
     what was under the mask.
     """
+    settings = settings or Settings()
+    if not (sees_mask := sd.is_inpainting_model):
+        sd.check_plain("inpaint")
     picture = to_tensor(image)
-    hole = to_mask(mask, tuple(picture.shape[-2:]))
+    height, width = picture.shape[-2:]
+    hole = to_mask(mask, (height, width))
     if not hole.any():
         raise ValueError("the mask has no white part: there is nothing to repaint")
-    yield from _repaint(
-        sd, prompt, picture, hole, strength, exact_steps, feather, negative_prompt, seed, num_images, settings
-    )
+    original, weight = to_uint8(picture), inward_feather(hole, feather)
+    sampler, timesteps = sampler_of(settings), partial_timesteps(sd, settings, strength, exact_steps)
+    picture, hole = (pad_to_multiple(x, sd.config.vae.factor) for x in (picture, hole))
+    shape = sd.latent_shape(*picture.shape[-2:])
+    posterior = masked = None
+    if sees_mask:
+        masked = encode_picture(sd.vae, torch.where(hole, 0.0, picture), settings.tile)  # 0 is grey, as in training
+    if strength < 1 or not sees_mask:
+        posterior = encode_picture(sd.vae, picture, settings.tile)
+
+    def finish(pictures: Tensor) -> Tensor:
+        return composite(original, to_uint8(pictures.cpu())[..., :height, :width], weight)
+
+    for batch in batches(sd, prompt, negative_prompt, num_images, seed, settings):
+        latents = None if posterior is None else batch.noise.sample(posterior)
+        noise = batch.noise.draw(shape)
+        x_t = noise if strength == 1 else sd.schedule.q_sample(latents, timesteps[0], noise)
+        if sees_mask:
+            batch = shown(batch, hole, masked, sd.dtype)
+        else:
+            keep = kept_latents(hole, sd.config.vae.factor).to(x_t.device)
+            x_t = torch.where(keep, sd.schedule.q_sample(latents, timesteps[0], noise), x_t)
+        model = sd.guided_model(batch.cond, batch.uncond, settings)
+        steps = sampler(model, x_t, sd.schedule, timesteps, noise=batch.noise)
+        if not sees_mask:
+            steps = blended(steps, latents, noise, keep, sd.schedule)
+        yield Sampling(sd, settings, batch, x_t, timesteps, steps, finish)
 
 
 def outpaint(
@@ -68,59 +100,45 @@ def outpaint(
     """Paint on beyond the edges: the picture stays, bit for bit, in a frame of so many new pixels at each side."""
     if min(left, right, top, bottom) < 0 or left + right + top + bottom == 0:
         raise ValueError(f"left={left} right={right} top={top} bottom={bottom}: give new pixels for at least one side")
-    picture = F.pad(to_tensor(image), (left, right, top, bottom), mode="replicate")
-    hole = torch.ones(1, 1, *picture.shape[-2:], dtype=torch.bool)
-    hole[..., top : picture.shape[-2] - bottom, left : picture.shape[-1] - right] = False
-    yield from _repaint(sd, prompt, picture, hole, 1.0, False, feather, negative_prompt, seed, num_images, settings)
+    frame = (left, right, top, bottom)
+    picture = to_tensor(image)
+    (wider,) = to_pil(F.pad(picture, frame, mode="replicate"))
+    (mask,) = to_pil(F.pad(-torch.ones_like(picture), frame, value=1.0))
+    yield from inpaint(
+        sd,
+        prompt,
+        wider,
+        mask,
+        feather=feather,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        num_images=num_images,
+        settings=settings,
+    )
 
 
-def _repaint(
-    sd: StableDiffusion,
-    prompt,
-    picture: Tensor,
-    hole: Tensor,
-    strength: float,
-    exact_steps: bool,
-    feather: int,
-    negative_prompt,
-    seed: int,
-    num_images: int,
-    settings: Settings | None,
-) -> Iterator[Sampling]:
-    """picture '1 3 h w' in [-1, 1], hole '1 1 h w' bool."""
-    settings = settings or Settings()
-    inpainting_model = sd.config.unet.in_channels == 2 * sd.config.vae.latent_channels + 1
-    if not inpainting_model:
-        sd.check_plain("inpaint")
-    factor, size = sd.config.vae.factor, picture.shape[-2:]
-    original, weight = to_uint8(picture), inward_feather(hole, feather)
-    picture, hole = pad_to_multiple(picture, factor), pad_to_multiple(hole, factor)
-    timesteps = partial_timesteps(sd, settings, strength, exact_steps)
+def shown(batch: Batch, hole: Tensor, masked: DiagonalGaussian, dtype: torch.dtype) -> Batch:
+    """The batch, whose network sees after x_t the mask (1 is to be painted) and the latents of the rest, in this order.
 
-    def finish(images: Tensor) -> Tensor:
-        return composite(original, to_uint8(images.cpu())[..., : size[0], : size[1]], weight)
+    As in training, the mask of a latent is that of its upper left pixel.
+    """
+    latents = batch.noise.sample(masked)
+    channel = F.interpolate(hole.float(), latents.shape[-2:], mode="nearest")
+    if not channel.any():
+        raise ValueError("the white part of the mask is too thin for this model to see: make it 8 pixels wide or more")
+    concat = torch.cat([channel.to(latents).expand(len(latents), -1, -1, -1), latents], dim=1).to(dtype)
+    cond, uncond = (c and replace(c, concat=concat) for c in (batch.cond, batch.uncond))
+    return replace(batch, cond=cond, uncond=uncond)
 
-    for batch in batches(prompt, negative_prompt, num_images, seed, settings.batch_size):
-        cond, uncond = encode_pairs(sd, batch, settings)
-        noise = Noise(batch.seeds, sd.device)
-        pictures = picture.expand(len(batch.seeds), -1, -1, -1)
-        latents = sd.encode_image(pictures, noise, settings)
-        start = noise.draw(latents.shape[1:])
-        known = sd.schedule.q_sample(latents, timesteps[0], start)
-        x_t = start if strength == 1 else known
-        blend = None
-        if inpainting_model:
-            masked = sd.encode_image(torch.where(hole, 0.0, pictures), noise, settings)  # 0 is grey, as in training
-            channel = F.interpolate(hole.float(), masked.shape[-2:]).to(masked).expand(len(masked), -1, -1, -1)
-            concat = torch.cat([channel, masked], dim=1).to(sd.dtype)
-            cond, uncond = (c and replace(c, concat=concat) for c in (cond, uncond))
-        else:
-            # a latent is kept where not one of its pixels is to be painted
-            keep = (F.max_pool2d(hole.float(), factor) == 0).to(sd.device)
-            x_t = torch.where(keep, known, x_t)
 
-            def blend(step, latents=latents, start=start, keep=keep) -> None:
-                known = latents if step.t_prev is None else sd.schedule.q_sample(latents, step.t_prev, start)
-                step.x.copy_(torch.where(keep, known, step.x))
+def kept_latents(hole: Tensor, factor: int) -> Tensor:
+    """'1 1 h w' bool: the latents not one of whose pixels is to be painted."""
+    return F.max_pool2d(hole.float(), factor) == 0
 
-        yield Sampling(sd, batch, cond, uncond, x_t, timesteps, settings, noise, blend=blend, finish=finish)
+
+def blended(steps: Iterator[Step], latents: Tensor, noise: Tensor, keep: Tensor, schedule: Schedule) -> Iterator[Step]:
+    """The steps, each with the known latents put back, noised to its time, before the sampler goes on from it."""
+    for step in steps:
+        known = latents if step.t_prev is None else schedule.q_sample(latents, step.t_prev, noise)
+        step.x.copy_(torch.where(keep, known, step.x))
+        yield step

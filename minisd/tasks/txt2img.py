@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from minisd.config import Settings
 from minisd.images import to_tensor
-from minisd.tasks.img2img import start_from
-from minisd.tasks.sampling import Noise, Sampling, batches, encode_pairs
+from minisd.tasks.img2img import partial_timesteps
+from minisd.tasks.latents import encode_picture
+from minisd.tasks.sampling import Noise, Sampling, batches, check_seed, sampler_of
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
@@ -38,34 +40,51 @@ def txt2img(
     height, width: multiples of the VAE's factor, the model's own size when None. variation in [0, 1] turns the noise of
     `seed` towards that of `variation_seed + i`: image i is a variation of the one picture that `seed` is. two_pass: for
     sizes beyond the model's own, draw the composition at its own size first, then redraw it enlarged with this strength
-    (0.5 to 0.7). latents: x_T 'n c h w' to start from, in place of noise from the seeds.
+    (0.5 to 0.7); up to its own size there is one pass. latents: x_T 'n c h w' to start from, in place of noise.
     """
     settings = settings or Settings()
     sd.check_plain("txt2img")
     height, width = sd.image_size(height, width)
     first = _first_pass_size(sd, height, width) if two_pass is not None else (height, width)
-    timesteps = sd.timesteps(settings)
-    for batch in batches(prompt, negative_prompt, num_images, seed, settings.batch_size):
-        cond, uncond = encode_pairs(sd, batch, settings)
-        noise = Noise(batch.seeds, sd.device)
-        if variation_seed is not None:
-            noise = Noise([variation_seed + i for i in batch.indices], sd.device)
-        x_T = noise.draw(sd.latent_shape(*first))
-        if variation_seed is not None:
-            origin = Noise([seed] * len(batch.seeds), sd.device).draw(x_T.shape[1:])
-            x_T = slerp(origin, x_T, variation)
-        if latents is not None:
-            x_T = latents[batch.indices].to(sd.device, torch.float32)
+    shape, sampler, timesteps = sd.latent_shape(*first), sampler_of(settings), sd.timesteps(settings)
+    again = partial_timesteps(sd, settings, two_pass) if two_pass is not None else []
 
-        sampling = Sampling(sd, batch, cond, uncond, x_T, timesteps, settings, noise)
-        if first == (height, width):
-            yield sampling
-            continue
-        sampling.is_draft = True
+    for batch in batches(sd, prompt, negative_prompt, num_images, seed, settings):
+        if variation_seed is not None or variation:
+            batch = replace(batch, noise=VariedNoise(batch.noise, batch.indices, seed, variation_seed, variation))
+        x_T = batch.noise.draw(shape)
+        if latents is not None:
+            x_T = _given(latents, batch.indices, shape).to(x_T)
+        model = sd.guided_model(batch.cond, batch.uncond, settings)
+        steps = sampler(model, x_T, sd.schedule, timesteps, noise=batch.noise)
+        sampling = Sampling(sd, settings, batch, x_T, timesteps, steps, is_draft=first != (height, width))
         yield sampling
-        image = torch.cat([to_tensor(draft, (height, width)) for draft in sampling.images()])
-        x_t, rest, _ = start_from(sd, image, timesteps, settings, two_pass, noise)
-        yield Sampling(sd, batch, cond, uncond, x_t, rest, settings, noise)
+
+        if sampling.is_draft:
+            picture = torch.cat([to_tensor(draft, (height, width)) for draft in sampling.images()])
+            x_0 = batch.noise.sample(encode_picture(sd.vae, picture, settings.tile))
+            x_t = sd.schedule.q_sample(x_0, again[0], batch.noise(x_0))
+            steps = sampler(model, x_t, sd.schedule, again, noise=batch.noise)
+            yield Sampling(sd, settings, batch, x_t, again, steps)
+
+
+class VariedNoise(Noise):
+    """Every draw lies on the great circle from that of `seed` (variation 0) to that of variation_seed + i (1)."""
+
+    def __init__(self, own: Noise, indices: Sequence[int], seed: int, variation_seed: int | None, variation: float):
+        if variation_seed is None:
+            raise ValueError(f"variation is {variation}, but there is no variation_seed to turn towards: give one")
+        if not 0 <= variation <= 1:
+            raise ValueError(
+                f"variation is {variation}: it lies in [0, 1], from the seed's picture to the variation seed's"
+            )
+        check_seed("variation_seed", variation_seed, max(indices) + 1)
+        self.variation = variation
+        self.origin = Noise([seed] * len(indices), own.device)
+        self.other = Noise([variation_seed + i for i in indices], own.device)
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        return slerp(self.origin.draw(shape), self.other.draw(shape), self.variation)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -73,21 +92,27 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
     Shoemake 1985. A straight line would pass through noise of a smaller variance, which the network has never seen.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"variation is {share}: it lies in [0, 1], from the seed's picture to the variation seed's")
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
-    cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b).clamp(-1, 1)
-    angle = cosine.acos()[:, None]
+    angle = torch.nn.functional.cosine_similarity(flat_a, flat_b).clamp(-1, 1).acos()[:, None]
     near = angle.sin() < 1e-6  # (anti)parallel: the circle is not defined, the line will do
     weight_a = torch.where(near, 1 - share, ((1 - share) * angle).sin() / angle.sin())
     weight_b = torch.where(near, share, (share * angle).sin() / angle.sin())
     return (weight_a * flat_a + weight_b * flat_b).view_as(a).to(a.dtype)
 
 
+def _given(latents: Tensor, indices: list[int], shape: tuple[int, ...]) -> Tensor:
+    """The rows of x_T that a batch starts from."""
+    if tuple(latents.shape[1:]) != shape or len(latents) <= max(indices):
+        raise ValueError(
+            f"latents have the shape {tuple(latents.shape)}: this call needs {(max(indices) + 1, *shape)} or more rows"
+        )
+    return latents[indices]
+
+
 def _first_pass_size(sd: StableDiffusion, height: int, width: int) -> tuple[int, int]:
     """About the area that the model was trained at, in the proportions asked for; never larger than what was asked."""
-    side, factor = sd.config.image_size, sd.config.vae.factor * sd.config.unet.factor
-    shrink = min(1.0, side / math.sqrt(height * width))
-    if shrink == 1.0:
+    side, multiple = sd.config.image_size, sd.config.vae.factor * sd.config.unet.factor
+    shrink = side / math.sqrt(height * width)
+    if shrink >= 1:
         return height, width
-    return tuple(max(factor, round(shrink * length / factor) * factor) for length in (height, width))
+    return tuple(min(length, max(multiple, round(shrink * length / multiple) * multiple)) for length in (height, width))

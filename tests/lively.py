@@ -1,0 +1,66 @@
+"""Small whole models that draw: random weights scaled so that every layer passes a signal of about unit size on.
+
+`tiny.checkpoint` is for files; its weights are too faint for pictures to differ. Here the vocabulary is the real one.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny import TINY
+
+from minisd.checkpoints.building import NETWORKS
+from minisd.checkpoints.load import Checkpoint
+from minisd.config import CLIPTextConfig, ModelConfig
+from minisd.pipeline import StableDiffusion
+
+
+def lively(kind: str | ModelConfig = "SD1", *, seed: int = 0, **changes) -> StableDiffusion:
+    """A model of a kind ("SD1", "SD2_V" …); changes to its config by name. Its VAE's factor is 2, its pictures 32²."""
+    return StableDiffusion(lively_checkpoint(kind, seed=seed, **changes))
+
+
+def lively_checkpoint(kind: str | ModelConfig = "SD1", *, seed: int = 0, **changes) -> Checkpoint:
+    config = replace(TINY[kind] if isinstance(kind, str) else kind, **changes)
+    real = CLIPTextConfig()
+    pad_id = 0 if config.text.pad_id == 0 else real.pad_id
+    words = {"vocab_size": real.vocab_size, "bos_id": real.bos_id, "eos_id": real.eos_id, "pad_id": pad_id}
+    config = replace(config, text=replace(config.text, **words))
+    parts = {"unet": config.unet, "vae": config.vae, "text": config.text}
+    networks = {name: _network(name, part, seed) for name, part in parts.items()}
+    return Checkpoint(config, networks, {}, [], "the test")
+
+
+def _network(name: str, config, seed: int) -> torch.nn.Module:
+    with torch.device("meta"):
+        network = NETWORKS[name](config)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, like in network.state_dict().items():
+        z = torch.randn(like.shape, generator=generator)
+        if like.ndim > 1:
+            state[key] = z * 0.02 if "embedding" in key else z / like[0].numel() ** 0.5
+        else:
+            state[key] = 1 + 0.1 * z if key.endswith("weight") else 0.05 * z
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def picture(width: int = 32, height: int = 32, mode: str = "RGB") -> Image.Image:
+    """A picture of smooth colours with edges in it, and a little grain."""
+    y, x = np.mgrid[:height, :width]
+    grain = np.random.default_rng(0).integers(0, 24, (height, width, 3))
+    colours = np.stack([x * 255 // width, y * 255 // height, 160 * ((x // 5 + y // 7) % 2)], axis=-1)
+    return Image.fromarray((colours * 0.9 + grain).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def mask(box: tuple[int, int, int, int], width: int = 32, height: int = 32) -> Image.Image:
+    """White inside the box (left, top, right, bottom)."""
+    result = Image.new("L", (width, height), 0)
+    result.paste(255, box)
+    return result
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
