@@ -6,6 +6,9 @@ import socket
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
+# The networks of the tests are tiny: a second thread waits longer than it works. Set before torch is imported; the
+# large ones (-m full) may be given OMP_NUM_THREADS.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 LOOPBACK = ("127.", "::1", "localhost")
 
 

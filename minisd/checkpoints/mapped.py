@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -13,6 +14,17 @@ from torch import Tensor
 from minisd.checkpoints.entries import Entry
 
 CHUNK = 4 << 20  # bytes; bounds what a conversion holds besides its result
+
+
+# Linux: a private, writable map is counted against memory as if all of it were to be written, which a file larger than
+# memory and swap fails; this flag leaves that out. Python names it from 3.13 on.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+def _private_map(fileno: int) -> mmap.mmap:
+    if sys.platform != "linux":
+        return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY)
+    return mmap.mmap(fileno, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 class MappedFile:

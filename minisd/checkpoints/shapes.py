@@ -6,6 +6,7 @@ what had to be guessed, empty where the shapes are those of an official network,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -89,6 +90,7 @@ def _unet(tensors: Shapes, dialect: str) -> tuple[UNetConfig, str]:
         linear_projection=len(shape(f"{transformer}.proj_in.weight")) == 2,
         num_classes=shape(name["label"])[0] if name["label"] in tensors else None,
         vector_dim=shape(name["vector"])[1] if name["vector"] in tensors else None,
+        norm_groups=math.gcd(channels, UNetConfig.norm_groups),  # where 32 do not fit, a doubt remains (_with_heads)
     )
     return _with_heads(config)
 
