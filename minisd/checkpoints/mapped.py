@@ -36,7 +36,7 @@ class MappedFile:
         self._lock = threading.Lock()  # seek and read are two calls
         # Copy-on-write: a tensor edited in place changes its own pages, never the file. The map is never closed by
         # hand: every tensor holds a reference to it, and it goes away with the last of them.
-        self.map = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.map = _private_map(self.raw.fileno())
         self.size = len(self.map)
 
     def view(self, entry: Entry) -> Tensor:
