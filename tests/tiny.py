@@ -4,11 +4,13 @@ import json
 import math
 import struct
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
 from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.save import ldm_tensors, metadata
 from minisd.config import PRESETS, ModelConfig
 
 BYTES = {"F32": 4, "F16": 2, "I64": 8, "I32": 4}
@@ -45,8 +47,9 @@ def shrunk(preset: ModelConfig) -> ModelConfig:
 TINY = {name: shrunk(preset) for name, preset in PRESETS.items()}
 
 
+@lru_cache(maxsize=64)
 def random_network(name: str, config, seed: int = 0) -> torch.nn.Module:
-    """All weights drawn, also those that start at zero."""
+    """All weights drawn, also those that start at zero. Shared among tests: not to be changed in place."""
     with torch.device("meta"):
         network = NETWORKS[name](config)
     generator = torch.Generator().manual_seed(seed)
@@ -89,3 +92,20 @@ def same_tensors(a, b) -> bool:
         and torch.equal(a[n].contiguous().view(-1).view(torch.uint8), b[n].contiguous().view(-1).view(torch.uint8))
         for n in a
     )
+
+
+def ldm_file(kind="SD1"):
+    """(tensors under the original's names, metadata) of a tiny model."""
+    made = checkpoint(kind)
+    tensors = {}
+    for name, network in made.networks.items():
+        tensors |= ldm_tensors(name, network)
+    return tensors, dict(metadata(made))
+
+
+def contiguous(tensors):
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def same_networks(a, b) -> bool:
+    return a.keys() == b.keys() and all(same_tensors(a[n].state_dict(), b[n].state_dict()) for n in a)

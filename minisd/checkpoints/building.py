@@ -39,10 +39,7 @@ def build(
     files. where: the file's name, for the errors.
     """
     if part.doubt:
-        refuse(
-            where,
-            f"{part.doubt}: give config=, a diffusers folder (its config.json says it) or a file saved by minisd",
-        )
+        refuse_doubt(where, part.doubt)
     network = on_meta(name, part.config, where)
     shapes = {ours: tuple(tensor.shape) for ours, tensor in network.state_dict().items()}
     names = keymap(network, part.dialect)
@@ -98,3 +95,7 @@ def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast:
 
 def refuse(where: str | os.PathLike, why: str):
     raise CheckpointError(f"{where}: {why}")
+
+
+def refuse_doubt(where: str | os.PathLike, doubt: str):
+    refuse(where, f"{doubt}: give config=, a diffusers folder (its config.json says it) or a file saved by minisd")

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from minisd.checkpoints.building import NETWORKS, Cast, build, keep_dtype, on_meta, refuse
+from minisd.checkpoints.building import NETWORKS, Cast, build, keep_dtype, on_meta, refuse, refuse_doubt
 from minisd.checkpoints.detect import Contents, Part, Renamed
 from minisd.checkpoints.keymaps import keymap
 from minisd.checkpoints.opening import PREFIXES, TOKENS_KEY, WHOLE, Opened, family, open_checkpoint
+from minisd.checkpoints.shapes import agrees
 from minisd.config import ModelConfig, Prediction
 
 __all__ = [
@@ -69,8 +70,7 @@ def load_checkpoint(
     opened = open_checkpoint(path, config=config)
     parts = opened.contents.parts
     if vae is not None:
-        parts["vae"] = _part(open_checkpoint(vae), "vae")
-        opened.notes.append(f"the VAE is that of {vae}")
+        parts["vae"] = _drop_in_vae(opened, vae)
     _require_whole(opened)
 
     has_ema = any(name.startswith("model_ema.diffusion_model") for name in opened.extras)
@@ -119,6 +119,16 @@ def _part(opened: Opened, name: str) -> Part:
     return opened.contents.parts[name]
 
 
+def _drop_in_vae(opened: Opened, path: str | os.PathLike) -> Part:
+    """The VAE of another file or folder. Where shapes leave its scale factor open, it has that of the replaced one."""
+    part, own = _part(open_checkpoint(path), "vae"), opened.contents.parts.get("vae")
+    opened.notes.append(f"the VAE is that of {path}")
+    said = opened.config.vae if opened.config else own and own.config
+    if part.doubt and said and not (own and own.doubt) and agrees("vae", said, part.config):
+        return replace(part, config=said, doubt="")
+    return part
+
+
 def _require_whole(opened: Opened) -> None:
     found = opened.contents
     missing = [name for name in ("unet", "vae", "text") if name not in found.parts]
@@ -127,6 +137,8 @@ def _require_whole(opened: Opened) -> None:
         hint = ": give one with vae=" if missing == ["vae"] else ""
         needs = f"a whole model also needs {' and '.join(missing)}{hint}" if there else "not a whole model"
         refuse(opened.path, f"it is {found.kind}{f' ({there})' if there else ''}; {needs}")
+    if doubt := next((part.doubt for name, part in found.parts.items() if part.doubt and name in WHOLE), ""):
+        refuse_doubt(opened.path, doubt)
     if foreign := foreign_tensors(found):
         refuse(opened.path, f"{len(foreign)} tensors in its networks are not Stable Diffusion's, first: {foreign[0]}")
 
