@@ -79,6 +79,10 @@ class UNetConfig:
                 f"a U-Net has its heads by number or by width, not both: num_heads={self.num_heads}, "
                 f"head_width={self.head_width}; set one of them to None"
             )
+        if not self.channel_mult or self.channel_mult[0] != 1:
+            raise ValueError(
+                f"channel_mult is {self.channel_mult}: it starts with 1, at the width of conv_in and conv_out"
+            )
         if self.num_classes is not None and self.vector_dim is not None:
             raise ValueError("y is a class (num_classes) or a vector (vector_dim), not both")
         for level, mult in enumerate(self.channel_mult):
