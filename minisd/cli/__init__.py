@@ -5,65 +5,134 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from minisd import __version__
-
-app = App(
-    name="minisd",
-    help="Stable Diffusion in plain PyTorch: make pictures, run official checkpoints, look inside.",
-    version=__version__,
-    default_parameter=Parameter(negative=()),  # no --no-… or --empty-… twins
-)
-plot = App(name="plot", help="Figures to study diffusion by.")
-bench = App(name="bench", help="Measure minisd, beside its peers where they are installed.")
+from minisd.cli.help import formatter
 
 # Named by import path: a command's module, and with it torch, is imported only when that command is asked for.
-_COMMANDS = {
-    "generate": {
-        "txt2img": "Draw pictures of one or several prompts.",
-        "img2img": "Redraw a picture after a prompt.",
-        "inpaint": "Repaint the part of a picture where a mask is white.",
-        "outpaint": "Paint on beyond the edges of a picture.",
-        "replay": "Make a picture again from what it says of itself, and compare.",
-    },
-    "files": {
-        "inspect": "Say what a checkpoint is, what is in it, and what it needs to run.",
-        "convert": "Rewrite a checkpoint in another layout or dtype, losing nothing.",
-    },
+COMMANDS = {
+    "generate:txt2img": "Draw pictures of one or several prompts.",
+    "generate:img2img": "Redraw a picture after a prompt.",
+    "generate:inpaint": "Repaint the part of a picture where a mask is white.",
+    "generate:outpaint": "Paint on beyond the edges of a picture.",
+    "replay:replay": "Make a picture again from what it says of itself, and compare.",
+    "files:inspect": "Say what a checkpoint is, what is in it, and what it needs to run.",
+    "files:convert": "Rewrite a checkpoint in another layout or dtype.",
 }
-for module, commands in _COMMANDS.items():
-    for name, text in commands.items():
-        app.command(f"minisd.cli.{module}:{name}", name=name, help=text)
-for name, text in {
-    "schedules": "β, ᾱ and log-SNR of noise schedules, in one figure.",
-    "noising": "A picture sinking into noise, under several schedules.",
-    "trajectory": "What the model believes the picture to be, step by step.",
-    "attention": "Where a picture looks at each word of its prompt.",
-}.items():
-    plot.command(f"minisd.cli.study:plot_{name}", name=name, help=text)
-bench.command("minisd.cli.study:bench_load", name="load", help="Time and memory of loading a checkpoint.")
-app.command(plot)
-app.command(bench)
+PLOTS = {
+    "study:plot_schedules": "β, ᾱ and log-SNR of noise schedules, in one figure.",
+    "study:plot_noising": "A picture sinking into noise, under several schedules.",
+    "study:plot_trajectory": "What the model believes the picture to be, step by step.",
+    "study:plot_attention": "Where a picture looks at each word of its prompt.",
+}
+BENCHES = {"study:bench_load": "Time and memory of loading a checkpoint."}
+USAGE = {"txt2img": "txt2img [OPTIONS] PROMPT...", "schedules": "plot schedules [OPTIONS] [NAME...]"}
+EXAMPLES = {
+    "txt2img": [
+        'minisd txt2img "a red apple" --out apple.png',
+        'minisd txt2img "a red apple" "a blue vase" --num-images 4 --grid sheet.png',
+        "minisd txt2img --prompts prompts.txt --checkpoint sd-v1-5.ckpt --weights ema",
+        'minisd txt2img "a red apple" --sampler dpmpp_2m --spacing karras --steps 20',
+    ],
+    "img2img": ['minisd img2img "an oil painting of a harbour" harbour.jpg --strength 0.6'],
+    "inpaint": ['minisd inpaint "a cat" sofa.png mask.png --checkpoint sd-v1-5-inpainting.ckpt'],
+    "outpaint": ['minisd outpaint "a wide beach" beach.png --left 128 --right 128'],
+    "replay": ["minisd replay apple.png", "minisd replay apple.png --checkpoint moved/model.safetensors"],
+    "inspect": ["minisd inspect model.safetensors", "minisd inspect model.ckpt --verify --json"],
+    "convert": ["minisd convert model.ckpt model.safetensors --dtype float16", "minisd convert model.ckpt folder"],
+    "schedules": ["minisd plot schedules linear cosine scaled_linear-zsnr --out schedules.svg"],
+    "noising": ["minisd plot noising cat.jpg --schedules linear cosine"],
+    "trajectory": ['minisd plot trajectory "a red apple" --steps 20 --panels 8'],
+    "attention": ['minisd plot attention "a red apple on a blue table"'],
+}
 
 
-def main() -> None:
-    """Run the command line; what the user can mend is told in one sentence, without a traceback."""
-    warnings.showwarning = _say_warning
-    try:
-        app()
-    except (ValueError, OSError, ImportError) as error:
-        is_bug = isinstance(error, ImportError) and error.name is not None  # not our own "pip install 'minisd[…]'"
-        if is_bug or os.environ.get("MINISD_TRACEBACK"):
-            raise
-        print(f"minisd: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("minisd: interrupted", file=sys.stderr)
-        sys.exit(130)
+def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
+    parameters = Group("Parameters", sort_key=0)
+    app = App(
+        name=name,
+        help=text,
+        help_format="plaintext",
+        help_formatter=formatter,
+        group_arguments=parameters,
+        group_parameters=parameters,
+        default_parameter=Parameter(negative=(), show_default=_shown_default),
+        **options,
+    )
+    for place, (path, line) in enumerate(commands.items()):
+        command = path.rpartition(":")[2].rpartition("_")[2]
+        examples = "\n".join(f"  {example}" for example in EXAMPLES.get(command, ()))
+        app.command(
+            f"minisd.cli.{path}",
+            name=command,
+            help=line,
+            sort_key=place,
+            usage=f"Usage: minisd {USAGE[command]}" if command in USAGE else None,
+            help_epilogue=f"Examples:\n{examples}" if examples else None,
+        )
+    return app
 
 
-def _say_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _shown_default(value) -> str | None:
+    return None if value in (None, "") or value is False else str(value)
+
+
+app = _app(
+    "minisd",
+    "Stable Diffusion in plain PyTorch: make pictures, run official checkpoints, look inside.",
+    COMMANDS,
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+)
+app.command(_app("plot", "Figures to study diffusion by.", PLOTS, sort_key=100))
+app.command(_app("bench", "Measure minisd, beside its peers where they are installed.", BENCHES, sort_key=101))
+
+
+def main(tokens: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; what the user can mend is told in one sentence on stderr.
+
+    0: done. 1: it could not be done, or a replayed picture differs. 2: the command line was not understood.
+    130: interrupted. MINISD_TRACEBACK=1 shows where an error came from.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console without "β" is no reason to stop
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0
+        except CycloptsError as error:
+            _say(f"{error} (--help tells more)")
+            return 2
+        except KeyboardInterrupt as error:
+            _say(f"interrupted{error}")
+            return 130
+        except Exception as error:
+            if os.environ.get("MINISD_TRACEBACK") or (sentence := _explain(error)) is None:
+                raise
+            _say(sentence)
+            return 1
+
+
+def _explain(error: Exception) -> str | None:
+    """A sentence for what lies with the user, the files or the machine; None for a fault of the program."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    if isinstance(error, ImportError) and "pip install" in str(error):  # our own, of an extra that is missing
+        return str(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "the memory does not suffice: a smaller --height and --width or --dtype bfloat16 need less of it"
+    return None
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """A warning is a sentence to the user, not a place in the source."""
-    print(f"minisd: note: {message}", file=sys.stderr)
+    _say(f"note: {message}")
+
+
+def _say(text: str) -> None:
+    print(f"minisd: {text}", file=sys.stderr)

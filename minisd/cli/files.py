@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
 
-def inspect(file: Path, *, verify: bool = False, probe: bool = False, json: bool = False) -> None:
+def inspect(file: Path, *, verify: bool = False, probe: bool = False, json: bool = False, verbose: bool = False) -> int:
     """Say what a checkpoint is, what is in it, and what it needs to run.
 
     Args:
@@ -15,14 +14,15 @@ def inspect(file: Path, *, verify: bool = False, probe: bool = False, json: bool
         verify: read every tensor: checksums, NaN and infinity.
         probe: run the U-Net once to tell eps from v.
         json: print JSON instead of text.
+        verbose: list every tensor that is not run.
     """
     from json import dumps
 
     from minisd.checkpoints.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(file, probe=probe, verify=verify)
-    print(dumps(found.as_dict(), indent=2) if json else found)
-    sys.exit(0 if found.ok else 1)
+    print(dumps(found.as_dict(), indent=2) if json else "\n".join(found.lines(verbose=verbose)))
+    return 0 if found.ok else 1
 
 
 def convert(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from minisd.cli.generate import Model, Sampled, load_model, progress
+from minisd.cli.options import Model, Sampled
+from minisd.cli.output import progress
 from minisd.config import Settings
 
 
@@ -68,7 +69,7 @@ def plot_trajectory(
     from minisd.plots import plot_trajectory as draw
     from minisd.tasks import txt2img
 
-    sd = load_model(model)
+    sd = model.load()
     (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
     frames = [(float(step.t), sampling.preview(step)[0]) for step in progress(sampling)]
     print(draw(frames, out, panels=panels))
@@ -98,7 +99,7 @@ def plot_attention(
     from minisd.prompts import chunk_prompt
     from minisd.tasks import txt2img
 
-    sd = load_model(model)
+    sd = model.load()
     (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
     with AttentionMaps(sd.unet) as maps:
         for _ in progress(sampling):
