@@ -49,13 +49,21 @@ TINY = {name: shrunk(preset) for name, preset in PRESETS.items()}
 
 @lru_cache(maxsize=64)
 def random_network(name: str, config, seed: int = 0) -> torch.nn.Module:
-    """All weights drawn, also those that start at zero. Shared among tests: not to be changed in place."""
+    """All weights drawn, also those that start at zero or one. Shared among tests: not to be changed in place."""
     with torch.device("meta"):
         network = NETWORKS[name](config)
     generator = torch.Generator().manual_seed(seed)
-    draw = {n: torch.randn(p.shape, generator=generator) * 0.05 for n, p in network.state_dict().items()}
+    draw = {name: weight(name, tuple(p.shape), generator) for name, p in network.state_dict().items()}
     network.load_state_dict(draw, assign=True)
     return network.eval()
+
+
+def weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Matrices and kernels of gain 1, norm scales round 1, everything else small: activations stay near 1."""
+    z = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return z / math.prod(shape[1:]) ** 0.5
+    return 1 + 0.1 * z if name.endswith("weight") else 0.05 * z
 
 
 def checkpoint(kind: str | ModelConfig = "SD1", *, extras=None, **fields) -> Checkpoint:

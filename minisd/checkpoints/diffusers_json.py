@@ -139,18 +139,23 @@ def _refine_vae(vae: VAEConfig, config: dict, path: Path) -> VAEConfig:
 
 def _refine_text(text: CLIPTextConfig, config: dict, path: Path) -> CLIPTextConfig:
     """What diffusers stores is run whole: SD2's folder holds 23 of the 24 blocks."""
-    text = _refine_clip(text, config, path)
+    text = _refine_clip(text, config, path, heads=8)
     if text.vocab_size < CLIPTextConfig.vocab_size:  # a tiny test model with special ids of its own
         ids = {f"{name}_id": config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
         text = replace(text, **{name: value for name, value in ids.items() if type(value) is int})
     return replace(text, skip=0)
 
 
-def _refine_clip(clip: CLIPTextConfig | CLIPVisionConfig, config: dict, path: Path):
+def _refine_vision(vision: CLIPVisionConfig, config: dict, path: Path) -> CLIPVisionConfig:
+    return _refine_clip(vision, config, path, heads=12)
+
+
+def _refine_clip(clip: CLIPTextConfig | CLIPVisionConfig, config: dict, path: Path, *, heads: int):
+    """heads: transformers' default, which its config.json may leave out."""
     activation = config.get("hidden_act", "quick_gelu")
     if activation not in ("gelu", "quick_gelu"):
         raise CheckpointError(f"{path}: hidden_act is {activation!r}; known: gelu, quick_gelu")
-    heads = _number(config, "num_attention_heads", clip.heads, int, path)
+    heads = _number(config, "num_attention_heads", heads, int, path)
     if clip.width % heads:
         raise CheckpointError(f"{path}: {heads} heads do not divide the width {clip.width}")
     return replace(
@@ -167,7 +172,7 @@ _REFINE = {
     "unet": _refine_unet,
     "vae": _refine_vae,
     "text": _refine_text,
-    "vision": _refine_clip,
+    "vision": _refine_vision,
     "control": _refine_control,
 }
 

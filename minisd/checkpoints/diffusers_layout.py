@@ -91,19 +91,23 @@ def open_folder(path: Path) -> Folder:
 
 
 def _add(folder: Folder, network: str | None, path: Path) -> None:
+    """Add the component at path: the network that belongs there, or every one that its file holds."""
     config, tensors = read_json(path / "config.json"), _open_weights(path, folder)
     found = contents(tensors)
-    network = network or next(iter(found.parts), None)
-    if network not in found.parts:
+    networks = [network] if network else list(found.parts)
+    if not networks or networks[0] not in found.parts:
         raise CheckpointError(f"{path}: its weights are {found.kind}, not a {network or 'network that minisd runs'}")
     if found.unknown:
         raise CheckpointError(f"{path}: {len(found.unknown)} tensors of no known network, first: {found.unknown[0]}")
-    part = found.parts[network]
-    part.config, part.doubt = refine(network, part.config, config, path / "config.json"), ""
-    folder.contents.parts[network] = part
+    for name in networks:
+        part = found.parts[name]
+        said = config.get(f"{name}_config")  # a whole CLIP model has one for either tower
+        part.config = refine(name, part.config, said if isinstance(said, dict) else config, path / "config.json")
+        part.doubt = ""
+        folder.contents.parts[name] = part
     for reason, names in found.known.items():
         folder.contents.known.setdefault(reason, []).extend(f"{path.name}/{name}" for name in names)
-    if len(folder.contents.parts) == 1:
+    if list(folder.contents.parts) == networks:
         folder.contents.kind = found.kind
     if network == "unet" and type(config.get("sample_size")) is int and 0 < config["sample_size"] < 10_000:
         folder.sample_size = config["sample_size"]
