@@ -53,7 +53,7 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("a picture of floats has no known range: convert it to 8 bits first")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image
 

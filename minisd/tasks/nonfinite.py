@@ -25,9 +25,7 @@ def nonfinite_error(name: str, network: nn.Module, run: Callable[[], object], wh
     if not all(p.isfinite().all() for p in own.parameters()):
         why = "whose weights hold it: the file is damaged, `minisd inspect --verify` lists such tensors"
     elif dtype == torch.float16:
-        why = (
-            "in float16, which ends at 65504: load with dtype=torch.bfloat16 or torch.float32"
-        )
+        why = "in float16, which ends at 65504: load with dtype=torch.bfloat16 or torch.float32"
     elif dtype == torch.bfloat16:
         why = "in bfloat16: load with dtype=torch.float32"
     else:

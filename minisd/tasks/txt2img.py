@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minisd.config import Settings
-from minisd.images import to_tensor
 from minisd.tasks.img2img import partial_timesteps
-from minisd.tasks.latents import encode_picture
+from minisd.tasks.latents import decode_latents, encode_picture
 from minisd.tasks.sampling import Noise, Sampling, batches, check_seed, sampler_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,11 @@ def txt2img(
         yield sampling
 
         if sampling.is_draft:
-            picture = torch.cat([to_tensor(draft, (height, width)) for draft in sampling.images()])
+            for _ in sampling:  # the steps that the caller left
+                pass
+            # never rounded to 8 bits on the way, which would make much of the least difference between batches
+            draft = decode_latents(sd.vae, sampling.latents, settings.tile).clamp(-1, 1)
+            picture = F.interpolate(draft, (height, width), mode="bicubic", antialias=True)
             x_0 = batch.noise.sample(encode_picture(sd.vae, picture, settings.tile))
             x_t = sd.schedule.q_sample(x_0, again[0], batch.noise(x_0))
             steps = sampler(model, x_t, sd.schedule, again, noise=batch.noise)
@@ -93,7 +97,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     Shoemake 1985. A straight line would pass through noise of a smaller variance, which the network has never seen.
     """
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
-    angle = torch.nn.functional.cosine_similarity(flat_a, flat_b).clamp(-1, 1).acos()[:, None]
+    angle = F.cosine_similarity(flat_a, flat_b).clamp(-1, 1).acos()[:, None]
     near = angle.sin() < 1e-6  # (anti)parallel: the circle is not defined, the line will do
     weight_a = torch.where(near, 1 - share, ((1 - share) * angle).sin() / angle.sin())
     weight_b = torch.where(near, share, (share * angle).sin() / angle.sin())
