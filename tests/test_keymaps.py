@@ -140,7 +140,7 @@ def assert_bijection(network, dialect):
 @st.composite
 def unets(draw):
     levels = draw(st.integers(1, 4))
-    mult = draw(st.lists(st.integers(1, 4), min_size=levels, max_size=levels))
+    mult = [1, *draw(st.lists(st.integers(1, 4), min_size=levels - 1, max_size=levels - 1))]
     attention = draw(st.sets(st.integers(0, levels - 1)))
     return UNetConfig(
         in_channels=draw(st.integers(1, 9)),
