@@ -82,7 +82,7 @@ def open_folder(path: Path) -> Folder:
     if scheduler.is_file():
         folder.schedule, folder.prediction = read_schedule(read_json(scheduler), scheduler)
     folder.pad_id, folder.added_tokens = _read_tokenizer(path / "tokenizer")
-    if (path / NORMALIZER).is_dir():
+    if any((path / NORMALIZER).glob("diffusion_pytorch_model*")):
         folder.normalizer = _open_weights(path / NORMALIZER, folder)
         names = [f"{NORMALIZER}/{name}" for name in folder.normalizer]
         folder.contents.known["unCLIP embedding statistics"] = names

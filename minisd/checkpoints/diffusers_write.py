@@ -1,6 +1,9 @@
-"""The JSON files of a diffusers folder, with which diffusers and transformers build the same networks."""
+"""The text files of a diffusers folder, with which diffusers and transformers build the same networks."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
 
 from minisd.checkpoints.diffusers_json import PREDICTIONS, SCHEDULES
 from minisd.config import (
@@ -9,18 +12,20 @@ from minisd.config import (
     ModelConfig,
     Prediction,
     ScheduleConfig,
-    UNetConfig,
-    VAEConfig,
 )
 from minisd.models.clip import IMAGE_MEAN, IMAGE_STD
+from minisd.models.tokenizer import Tokenizer
 
 VERSION = "0.35.0"  # of diffusers, whose names these are
 
 
-def folder_json(config: ModelConfig) -> dict[str, dict]:
-    """Path in the folder → JSON object, for everything but the networks' own config.json and the tokenizer."""
+def folder_files(config: ModelConfig, added_tokens: Mapping[str, Sequence[int]] | None = None) -> dict[str, str]:
+    """Path in the folder → text, for everything but the weights."""
     files = {
         "model_index.json": _model_index(config),
+        "unet/config.json": _unet_json(config),
+        "vae/config.json": _vae_json(config),
+        "text_encoder/config.json": _text_json(config.text),
         "scheduler/scheduler_config.json": _scheduler("DDIMScheduler", config.schedule, config.prediction)
         | {
             "clip_sample": False,
@@ -32,9 +37,19 @@ def folder_json(config: ModelConfig) -> dict[str, dict]:
         files["low_res_scheduler/scheduler_config.json"] = _scheduler("DDPMScheduler", config.schedule, "eps")
     if config.vision:
         noise = ScheduleConfig(kind="cosine", start=0.0001, end=0.02)
+        files["image_encoder/config.json"] = _vision_json(config.vision)
         files["image_noising_scheduler/scheduler_config.json"] = _scheduler("DDPMScheduler", noise, "eps")
         files["feature_extractor/preprocessor_config.json"] = _preprocessor(config.vision)
-    return files
+        files["image_normalizer/config.json"] = {
+            "_class_name": "StableUnCLIPImageNormalizer",
+            "_diffusers_version": VERSION,
+            "embedding_dim": config.vision.projection_dim,
+        }
+    text = config.text
+    tokenizer = Tokenizer(length=text.length, pad_id=text.pad_id, dialect=text.dialect, added_tokens=added_tokens)
+    return {path: json.dumps(value, indent=2) + "\n" for path, value in files.items()} | {
+        f"tokenizer/{name}": text for name, text in tokenizer.files().items()
+    }
 
 
 def _model_index(config: ModelConfig) -> dict:
@@ -70,23 +85,15 @@ def _is_upscaler(config: ModelConfig) -> bool:
     return config.unet.in_channels == 7
 
 
-def component_json(network: str, config: ModelConfig) -> dict:
-    """The config.json with which diffusers or transformers builds the same network."""
-    if network == "unet":
-        side = config.image_size // config.vae.factor
-        return _unet_json(config.unet) | {"_class_name": "UNet2DConditionModel", "sample_size": side}
-    if network == "vae":
-        return _vae_json(config.vae) | {"sample_size": config.image_size}
-    return _text_json(config.text) if network == "text" else _vision_json(config.vision)
-
-
-def _unet_json(unet: UNetConfig) -> dict:
+def _unet_json(config: ModelConfig) -> dict:
+    unet = config.unet
     levels = range(len(unet.channel_mult))
     widths = [unet.channels * mult for mult in unet.channel_mult]
     cross = [level in unet.attention_levels for level in levels]
     heads = unet.num_heads or [max(width // unet.head_width, 1) for width in widths]
     only_cross = [level in unet.cross_only_levels for level in levels]
     return {
+        "_class_name": "UNet2DConditionModel",
         "_diffusers_version": VERSION,
         "act_fn": "silu",
         "attention_head_dim": heads,
@@ -108,13 +115,15 @@ def _unet_json(unet: UNetConfig) -> dict:
         "only_cross_attention": only_cross if unet.cross_only_levels else False,
         "out_channels": unet.out_channels,
         "projection_class_embeddings_input_dim": unet.vector_dim,
+        "sample_size": config.image_size // config.vae.factor,
         "transformer_layers_per_block": unet.transformer_depth,
         "up_block_types": ["CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(cross)],
         "use_linear_projection": unet.linear_projection,
     }
 
 
-def _vae_json(vae: VAEConfig) -> dict:
+def _vae_json(config: ModelConfig) -> dict:
+    vae = config.vae
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": VERSION,
@@ -126,6 +135,7 @@ def _vae_json(vae: VAEConfig) -> dict:
         "layers_per_block": vae.num_res_blocks,
         "norm_num_groups": vae.norm_groups,
         "out_channels": vae.image_channels,
+        "sample_size": config.image_size,
         "scaling_factor": vae.scale_factor,
         "up_block_types": ["UpDecoderBlock2D"] * len(vae.channel_mult),
     }

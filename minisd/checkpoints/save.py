@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER, SUBFOLDERS, WEIGHTS
-from minisd.checkpoints.diffusers_write import VERSION, component_json, folder_json
+from minisd.checkpoints.diffusers_write import folder_files
 from minisd.checkpoints.io import save_safetensors
 from minisd.checkpoints.keymaps import KeyMap, give, keymap
 from minisd.checkpoints.load import Checkpoint
 from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY
 from minisd.config import PRESETS, ModelConfig
-from minisd.models.tokenizer import Tokenizer
 
 Layout = Literal["ldm", "diffusers"]
 
@@ -93,33 +92,20 @@ def _save_folder(checkpoint: Checkpoint, path: Path) -> list[str]:
 
 
 def _write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    config, extra = checkpoint.config, dict(checkpoint.extras)
+    extra = dict(checkpoint.extras)
+    for place, text in folder_files(checkpoint.config, checkpoint.added_tokens).items():
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(text, encoding="utf-8")
     for name, network in checkpoint.networks.items():
         names = keymap(network, "hf" if name in ("text", "vision") else "diffusers")
         if name == "text":
             unheld = _not_in_diffusers(network, names)
             extra |= ldm_tensors(name, network, keep=unheld) if unheld else {}
             names = {ours: source for ours, source in names.items() if ours not in unheld}
-        place = folder / SUBFOLDERS[name]
-        place.mkdir()
-        save_safetensors(place / f"{WEIGHTS[name]}.safetensors", _given(network, names), {"format": "pt"})
-        _write_json(place / "config.json", component_json(name, config))
-    for place, value in folder_json(config).items():
-        _write_json(folder / place, value)
-    if normalizer := _normalizer(config, extra):
-        width = normalizer["mean"].shape[-1]
-        _write_json(
-            folder / NORMALIZER / "config.json",
-            {"_class_name": "StableUnCLIPImageNormalizer", "_diffusers_version": VERSION, "embedding_dim": width},
-        )
+        path = folder / SUBFOLDERS[name] / f"{WEIGHTS[name]}.safetensors"
+        save_safetensors(path, _given(network, names), {"format": "pt"})
+    if normalizer := _normalizer(checkpoint.config, extra):
         save_safetensors(folder / NORMALIZER / "diffusion_pytorch_model.safetensors", normalizer, {"format": "pt"})
-    text = config.text
-    tokenizer = Tokenizer(
-        length=text.length, pad_id=text.pad_id, dialect=text.dialect, added_tokens=checkpoint.added_tokens
-    )
-    (folder / "tokenizer").mkdir()
-    for name, content in tokenizer.files().items():
-        (folder / "tokenizer" / name).write_text(content, encoding="utf-8")
     save_safetensors(folder / EXTRA, extra, metadata(checkpoint))
     return list(extra)
 
@@ -150,8 +136,3 @@ def metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
     if checkpoint.added_tokens:
         result[TOKENS_KEY] = json.dumps(checkpoint.added_tokens)
     return result
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
