@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from minisd.cli.output import check_target
+
 
 def inspect(file: Path, *, verify: bool = False, probe: bool = False, json: bool = False, verbose: bool = False) -> int:
     """Say what a checkpoint is, what is in it, and what it needs to run.
@@ -41,18 +43,20 @@ def convert(
     Args:
         source: a single file or a diffusers folder.
         target: a .safetensors file (layout ldm) or a new folder (layout diffusers).
-        layout: ldm or diffusers; told from the target's name when left out.
+        layout: told from the target's name when left out.
         dtype: of the networks' weights; the file's own when left out.
         weights: "ema" keeps the separate EMA copy of a full training file instead of the raw weights.
         prediction: what the U-Net's output means, where the file does not tell.
         vae: a file or folder whose VAE is taken instead.
-        overwrite: replace an existing file.
+        overwrite: replace an existing file. Folders are not replaced.
     """
-    layout = layout or ("ldm" if target.suffix == ".safetensors" else "diffusers")
-    if layout == "ldm" and target.suffix != ".safetensors":
-        raise ValueError(f"{target}: minisd writes safetensors only, name it {target.with_suffix('.safetensors')}")
-    if target.is_file() and not overwrite:
-        raise ValueError(f"{target} exists already: choose another name, or add --overwrite")
+    if layout is None:
+        layout = "diffusers" if not target.suffix or target.is_dir() else "ldm"
+    if layout == "ldm":
+        if target.suffix != ".safetensors":
+            raise ValueError(f"{target}: minisd writes safetensors only: name it {target.with_suffix('.safetensors')}")
+        check_target(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
     import torch
 
     from minisd.checkpoints.load import load_checkpoint

@@ -63,10 +63,14 @@ class Model:
         import torch
 
         try:
-            torch.empty(0, device=self.device)
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"there is no device {self.device!r}: cpu, cuda, cuda:1, mps … are devices") from None
+        try:
+            torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"the device {self.device!r} cannot be used ({reason}): try --device cpu") from error
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise ValueError(f"the device {self.device} cannot be used ({reason}): try --device cpu") from error
 
     def record(self, folder: Path) -> LoadedModel:
         """How a picture in this folder remembers the model."""

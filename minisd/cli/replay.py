@@ -54,8 +54,8 @@ def replay(
     print(f"{image}: made again, {difference or 'equal in every pixel'}")
     if difference:
         print(
-            f"(it was made with minisd {call.version} and torch {call.torch}, {call.threads} threads, on "
-            f"{call.model.device})",
+            f"(it was made with minisd {call.version} and torch {call.torch}, threads: {call.threads}, "
+            f"device: {call.model.device})",
             file=sys.stderr,
         )
     return 1 if difference else 0
@@ -67,6 +67,8 @@ def draw_again(model: Model, call: Call, index: int, inputs: dict[str, Path]) ->
 
     if 0 < call.threads <= (os.cpu_count() or 1):
         torch.set_num_threads(call.threads)
+    else:
+        warnings.warn(f"the picture was made on {call.threads} threads, which are not here", stacklevel=2)
     batch, place = call.batch(index)
     for sampling in samplings(model.load(), batch, inputs):
         for _ in progress(sampling):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from minisd.cli.options import Model, Sampled
-from minisd.cli.output import progress
+from minisd.cli.output import check_target, progress
 from minisd.config import Settings
+
+if TYPE_CHECKING:
+    from minisd.pipeline import StableDiffusion
+    from minisd.tasks import Sampling
 
 
 def plot_schedules(*names: str, out: Path = Path("schedules.png")) -> None:
@@ -21,6 +25,7 @@ def plot_schedules(*names: str, out: Path = Path("schedules.png")) -> None:
     """
     from minisd.plots import plot_schedules as draw
 
+    check_figure(out)
     print(draw(names or ("linear", "scaled_linear", "cosine"), out))
 
 
@@ -42,6 +47,7 @@ def plot_noising(
     from minisd.images import load_image
     from minisd.plots import plot_noising as draw
 
+    check_figure(out)
     print(draw(load_image(image), out, schedules or ("linear", "cosine"), steps=steps))
 
 
@@ -67,10 +73,9 @@ def plot_trajectory(
         out: the figure.
     """
     from minisd.plots import plot_trajectory as draw
-    from minisd.tasks import txt2img
 
-    sd = model.load()
-    (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
+    check_figure(out)
+    sampling = _sampling(model.load(), prompt, seed, height, width, settings)
     frames = [(float(step.t), sampling.preview(step)[0]) for step in progress(sampling)]
     print(draw(frames, out, panels=panels))
 
@@ -97,15 +102,35 @@ def plot_attention(
     from minisd.models.attention_maps import AttentionMaps, prompt_words
     from minisd.plots import plot_attention as draw
     from minisd.prompts import chunk_prompt
-    from minisd.tasks import txt2img
 
+    check_figure(out)
     sd = model.load()
-    (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
+    sampling = _sampling(sd, prompt, seed, height, width, settings)
     with AttentionMaps(sd.unet) as maps:
         for _ in progress(sampling):
             pass
     ids = [i for chunk in chunk_prompt(sd.tokenizer, prompt, settings.convention) for i in chunk.ids]
     print(draw(maps.mean()[0], prompt_words(sd.tokenizer, ids), sampling.images()[0], out))
+
+
+def check_figure(out: Path) -> None:
+    """ValueError where a figure could not be saved, said before the model draws."""
+    from minisd.plots.figures import FORMATS, new_figure
+
+    if out.suffix.lower() not in FORMATS:
+        raise ValueError(f"{out}: a figure is saved as {', '.join(FORMATS)}: name it so")
+    new_figure(1, 1)  # is matplotlib there?
+    check_target(out, overwrite=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _sampling(
+    sd: StableDiffusion, prompt: str, seed: int, height: int | None, width: int | None, settings: Settings
+) -> Sampling:
+    from minisd.tasks import txt2img
+
+    (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
+    return sampling
 
 
 def bench_load(*, dtype: str = "float32", runs: int = 3) -> None:

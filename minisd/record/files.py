@@ -57,6 +57,8 @@ def fingerprint(path: Path) -> str:
 
     Reading 4 GB would take longer than loading them. A file that differs in a few tensors only may go unnoticed.
     """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder")
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.suffix in WEIGHTS) if path.is_dir() else [path]
     try:
