@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 
 import pytest
+import recipe
 import torch
 from reference import manifest
 from tiny import (
@@ -24,7 +25,7 @@ from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.io import CheckpointError, save_safetensors
 from minisd.checkpoints.keymaps import give, keymap
 from minisd.checkpoints.load import load_checkpoint, load_network, open_checkpoint
-from minisd.checkpoints.save import save_checkpoint
+from minisd.checkpoints.save import ldm_tensors, save_checkpoint
 from minisd.config import PRESETS, ControlNetConfig
 
 # ------------------------------------------------------------------------------------------------------ official files
@@ -79,6 +80,22 @@ def test_an_unclip_l_file_is_told_from_h_by_its_shapes(tmp_path):
     tensors |= {f"embedder.model.visual.{name}": [tuple(t.shape), "F32"] for name, t in official.items()}
     loaded = load_checkpoint(sparse_file(tmp_path / "model.safetensors", tensors))
     assert loaded.config == PRESETS["SD2_UNCLIP_L"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["sd-v1", "sd-v2-1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_of_the_official_size_has_every_value_in_its_place(tmp_path, name, dtype):
+    """Gigabytes are written, loaded as float32 and compared."""
+    found = manifest(name)
+    original = {k: torch.from_numpy(v) for k, v in recipe.synthetic_state_dict(found).items()}
+    original = {k: t.to(dtype) if t.is_floating_point() else t for k, t in original.items()}
+    save_safetensors(tmp_path / "model.safetensors", original)
+    loaded = load_checkpoint(tmp_path / "model.safetensors", prediction="eps", cast=lambda _: torch.float32)
+    for network in loaded.networks:
+        for key, tensor in ldm_tensors(network, loaded.networks[network]).items():
+            assert torch.equal(tensor, original.pop(key).float()), key
+    assert same_tensors(dict(loaded.extras), original)
 
 
 ALONE = {  # manifest: network, config
