@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from minisd.config import ModelConfig, Prediction, ScheduleConfig, Settings
 from minisd.diffusion.guidance import guided
 from minisd.diffusion.prediction import Model, from_v, from_x_0
 from minisd.diffusion.schedule import Schedule, cosine_betas, linear_betas, scaled_linear_betas, zero_terminal_snr
-from minisd.diffusion.spacing import karras_sigmas
+from minisd.diffusion.spacing import karras_sigmas, timesteps
 from minisd.models.controlnet import ControlNet
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
@@ -124,12 +125,15 @@ class StableDiffusion:
         """unet(x_t, t, cond) in the U-Net's dtype, between float32 latents."""
         return self.unet(x_t.to(self.dtype), t, cond).to(x_t.dtype)
 
-    def timesteps(self, settings: Settings) -> list:
+    def timesteps(self, settings: Settings, T: int | None = None) -> list:
+        """The falling times to visit of the schedule's first T, of all by default."""
+        T = self.schedule.num_timesteps if T is None else T
         if settings.spacing != "karras":
-            return self.schedule.timesteps(settings.steps, settings.spacing)
-        sigmas = self.schedule.sigmas
-        ladder = karras_sigmas(settings.steps, sigmas[0].item(), sigmas[-1].item())
-        return self.schedule.t_from_sigma(ladder).tolist()
+            return timesteps(T, settings.steps, settings.spacing, offset=min(1, T - 1))
+        least, most = self.schedule.sigmas[[0, T - 1]].tolist()
+        if math.isinf(most):
+            raise ValueError("a karras ladder needs a finite σ, and zero terminal SNR has none: use spacing='trailing'")
+        return self.schedule.t_from_sigma(karras_sigmas(settings.steps, least, most)).tolist()
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The size asked for, or the model's own. ValueError where the VAE's factor does not divide it."""

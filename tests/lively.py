@@ -3,6 +3,7 @@
 `tiny.checkpoint` is for files; its weights are too faint for pictures to differ. Here the vocabulary is the real one.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.load import Checkpoint
 from minisd.config import CLIPTextConfig, ModelConfig
 from minisd.pipeline import StableDiffusion
+from minisd.tasks import Sampling
 
 
 def lively(kind: str | ModelConfig = "SD1", *, seed: int = 0, **changes) -> StableDiffusion:
@@ -27,6 +29,8 @@ def lively_checkpoint(kind: str | ModelConfig = "SD1", *, seed: int = 0, **chang
     pad_id = 0 if config.text.pad_id == 0 else real.pad_id
     words = {"vocab_size": real.vocab_size, "bos_id": real.bos_id, "eos_id": real.eos_id, "pad_id": pad_id}
     config = replace(config, text=replace(config.text, **words))
+    # more than one channel to a group, or a picture of one latent could not be normalised
+    config = replace(config, unet=replace(config.unet, norm_groups=8), vae=replace(config.vae, norm_groups=8))
     parts = {"unet": config.unet, "vae": config.vae, "text": config.text}
     networks = {name: _network(name, part, seed) for name, part in parts.items()}
     return Checkpoint(config, networks, {}, [], "the test")
@@ -64,3 +68,34 @@ def mask(box: tuple[int, int, int, int], width: int = 32, height: int = 32) -> I
 
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
+
+
+def only(samplings: Iterable[Sampling]) -> Sampling:
+    """The sampling of a call of one batch."""
+    (sampling,) = samplings
+    return sampling
+
+
+class Watched:
+    """The inputs (x, t) and conditionings of every call of a U-Net, while it lasts."""
+
+    def __init__(self, sd):
+        self.sd, self.calls = sd, []
+
+    def __enter__(self):
+        def note(module, args):
+            self.calls.append(args)
+
+        self.handle = self.sd.unet.register_forward_pre_hook(note)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+    @property
+    def times(self) -> list[float]:
+        return [float(torch.as_tensor(t)) for _, t, _ in self.calls]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [len(x) for x, _, _ in self.calls]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -35,9 +34,9 @@ def img2img(
 ) -> Iterator[Sampling]:
     """Like txt2img, from `image` noised to `strength` in (0, 1]: 0 would keep it, 1 keeps next to nothing of it.
 
-    Of settings.steps only the last ⌊steps·strength⌋ run (`len(sampling)` says how many); exact_steps spaces them so
-    that settings.steps run. height, width: resize the picture first, in its own proportions where one is given;
-    otherwise a picture of any size is given back in that size.
+    Of settings.steps only the last ⌊steps·strength⌋ run (`len(sampling)` says how many); with exact_steps all of them
+    do, spaced within the last part of the schedule. height, width: resize the picture first, in its own proportions
+    where one is given; otherwise a picture of any size is given back in that size.
     """
     settings = settings or Settings()
     sd.check_plain("img2img")
@@ -58,18 +57,18 @@ def img2img(
 
 
 def partial_timesteps(sd: StableDiffusion, settings: Settings, strength: float, exact_steps: bool = False) -> list:
-    """The timesteps that a strength leaves of a sampling: the last ⌊n·s⌋ of n, or n where exact_steps."""
+    """The timesteps of a strength s: the last ⌊n·s⌋ of n, or, where exact_steps, n below T·s."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}: it lies in (0, 1], from hardly a change to a new picture")
-    steps, T = settings.steps, sd.schedule.num_timesteps
-    count = math.floor(steps * strength + 1e-9)  # the tiny term keeps 0.29 · 100 from being 28
+    steps, below = settings.steps, round(sd.schedule.num_timesteps * strength)
     if exact_steps:
-        if (total := round(steps / strength)) > T:
+        if steps > below:
             raise ValueError(
-                f"exact_steps={steps} at strength {strength} would be the last of {total} steps, and the schedule has "
-                f"{T}: use {math.floor(T * strength)} steps or fewer, or a larger strength"
+                f"strength {strength} leaves {below} of the schedule's {sd.schedule.num_timesteps} times, too few for "
+                f"exactly {steps} steps: use fewer steps, or a larger strength"
             )
-        return sd.timesteps(replace(settings, steps=total))[-steps:]
+        return sd.timesteps(settings, below)
+    count = math.floor(steps * strength + 1e-9)  # the tiny term keeps 0.29 · 100 from being 28
     if count == 0:
         least = math.ceil(1000 / steps) / 1000
         raise ValueError(f"strength {strength} of {steps} steps runs none: use {least} or more, or exact_steps")

@@ -129,8 +129,9 @@ def batches(
     settings: Settings,
 ) -> Iterator[Batch]:
     """All images of a call, prompts outermost, settings.batch_size at a time; image i has the seed `seed + i`."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    prompts, negatives = _texts(prompt), _texts(negative_prompt)
+    if isinstance(negative_prompt, str):
+        negatives *= len(prompts)
     if not prompts:
         raise ValueError("no prompt was given: give a text or a list of texts")
     if len(negatives) != len(prompts):
@@ -145,6 +146,13 @@ def batches(
         seeds = [seed + i for i in indices]
         cond, uncond = _conditions(sd, own, own_negatives, settings)
         yield Batch(indices, own, own_negatives, seeds, cond, uncond, Noise(seeds, sd.device))
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    texts = list(given) if isinstance(given, (list, tuple)) else [given]
+    if bad := next((text for text in texts if not isinstance(text, str)), None):
+        raise ValueError(f"a prompt must be a str, not {type(bad).__name__}: {bad!r:.80}")
+    return texts
 
 
 def check_seed(name: str, seed: int, count: int) -> None:
