@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +27,7 @@ from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
 from minisd.prompts import encode_prompts
 from minisd.tasks.nonfinite import nonfinite_error
+from minisd.tasks.options import task_options
 from minisd.tasks.sampling import Sampling
 
 
@@ -141,7 +140,7 @@ class StableDiffusion:
         for name, side in sides.items():
             side = self.config.image_size if side is None else side
             factor = self.config.vae.factor
-            if not isinstance(side, int):
+            if not isinstance(side, Integral):
                 raise ValueError(f"{name} is {side!r}: give a whole number of pixels")
             if side < factor or side % factor:
                 lower = max(side // factor * factor, factor)
@@ -180,22 +179,8 @@ class StableDiffusion:
 
 
 def _pictures(task: Callable[..., Iterator[Sampling]], *args, options: dict) -> list[Image.Image]:
-    """All pictures of a task, its options told apart from those of `Settings`; ValueError for those of neither."""
-    parameters = inspect.signature(task).parameters.values()
-    own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    of_settings = {field.name for field in fields(Settings)}
-    if unknown := next((name for name in options if name not in own | of_settings), None):
-        near = difflib.get_close_matches(unknown, sorted(own | of_settings), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"{task.__name__} has no option {unknown!r}: {hint}known: {', '.join(sorted(own | of_settings))}"
-        )
-    given = {name: options.pop(name) for name in of_settings & options.keys()}
-    if given and options.get("settings") is not None:
-        raise ValueError(f"give {', '.join(sorted(given))} inside settings, or leave settings out")
-    if given:
-        options["settings"] = Settings(**given)
-    return [image for sampling in task(*args, **options) if not sampling.is_draft for image in sampling.images()]
+    samplings = task(*args, **task_options(task, options))
+    return [image for sampling in samplings if not sampling.is_draft for image in sampling.images()]
 
 
 def load(

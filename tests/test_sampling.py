@@ -78,3 +78,11 @@ def test_zero_terminal_snr_starts_from_pure_noise():
         images = sd.txt2img("a dog", steps=3, spacing="trailing", guidance_rescale=0.7)
     assert watched.times[0] == 999
     assert pixels(images[0]).std() > 20
+
+
+def test_a_prompt_is_encoded_once_a_call():
+    encoded = []
+    handle = SD.text_encoder.register_forward_pre_hook(lambda _, args: encoded.append(args))
+    SD.txt2img(["a dog", "a cat"], num_images=3, steps=1, batch_size=2)
+    handle.remove()
+    assert len(encoded) == 3  # and ""

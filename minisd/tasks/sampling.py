@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,15 +137,16 @@ def batches(
         raise ValueError("no prompt was given: give a text or a list of texts")
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-    if not isinstance(num_images, int) or num_images < 1:
+    if not isinstance(num_images, Integral) or num_images < 1:
         raise ValueError(f"num_images is {num_images}: give 1 or more")
     total = len(prompts) * num_images
     check_seed("seed", seed, total)
+    context_of = cache(lambda text: sd.encode_prompt(text, settings).context)
     for start in range(0, total, settings.batch_size):
         indices = list(range(start, min(start + settings.batch_size, total)))
         own, own_negatives = ([texts[i // num_images] for i in indices] for texts in (prompts, negatives))
         seeds = [seed + i for i in indices]
-        cond, uncond = _conditions(sd, own, own_negatives, settings)
+        cond, uncond = _conditions(sd, own, own_negatives if settings.guidance_scale != 1 else None, context_of)
         yield Batch(indices, own, own_negatives, seeds, cond, uncond, Noise(seeds, sd.device))
 
 
@@ -158,27 +160,25 @@ def _texts(given: str | Sequence[str]) -> list[str]:
 def check_seed(name: str, seed: int, count: int) -> None:
     """ValueError unless the generators of `count` images, seeded from `seed` on, exist."""
     last = 2**63 - count
-    if not isinstance(seed, int) or not 0 <= seed <= last:
+    if not isinstance(seed, Integral) or not 0 <= seed <= last:
         raise ValueError(f"{name} is {seed!r}: give a whole number from 0 to {last}")
 
 
+@torch.no_grad()
 def _conditions(
-    sd: StableDiffusion, prompts: list[str], negative_prompts: list[str], settings: Settings
+    sd: StableDiffusion, prompts: list[str], negatives: list[str] | None, context_of: Callable[[str], Tensor]
 ) -> tuple[Conditioning, Conditioning | None]:
-    """(cond, uncond), the keys and values of each prompt's context computed here, once for all steps.
+    """(cond, uncond), the keys and values of their contexts computed here, once for all steps.
 
     Every text is encoded by itself, so that no image depends on its neighbours.
     """
-    is_guided = settings.guidance_scale != 1
-    texts = list(dict.fromkeys(prompts + (negative_prompts if is_guided else [])))
-    contexts = same_length(*(sd.encode_prompt(text, settings).context for text in texts))
-    context_of = dict(zip(texts, contexts, strict=True))
+    texts = list(dict.fromkeys(prompts + (negatives or [])))
+    contexts = dict(zip(texts, same_length(*map(context_of, texts)), strict=True))
 
-    @torch.no_grad()
     def joined(some: list[str]) -> Conditioning:
-        return sd.unet.with_keys_values(Conditioning(torch.cat([context_of[text] for text in some])))
+        return sd.unet.with_keys_values(Conditioning(torch.cat([contexts[text] for text in some])))
 
-    return joined(prompts), joined(negative_prompts) if is_guided else None
+    return joined(prompts), None if negatives is None else joined(negatives)
 
 
 class Noise:
