@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -473,8 +474,8 @@ def test_every_command_explains_itself_in_80_columns(command):
 def test_every_option_of_a_task_is_there(minisd):
     out = minisd("txt2img", "--help", model=None)[1]
     shown = {line.split()[1] for line in out.splitlines() if line.startswith(("│ --", "│ PROMPT"))}
-    fields = [field for part in (Txt2Img, Settings, Model, Output) for field in part.__dataclass_fields__]
-    assert shown == {"PROMPT", "--prompts"} | {f"--{field.replace('_', '-')}" for field in fields}
+    names = [field.name for part in (Txt2Img, Settings, Model, Output) for field in fields(part)]
+    assert shown == {"PROMPT", "--prompts"} | {"--" + name.replace("_", "-") for name in names}
 
 
 @pytest.mark.parametrize("tokens", [["--help"], ["--version"], ["txt2img", "--help"], ["plot", "trajectory", "--help"]])
