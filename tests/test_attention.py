@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from einops import rearrange
 
 from minisd import attention
-from minisd.kernels import IMPLEMENTATIONS
+from minisd.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
+from minisd.models.attention_maps import attention_weights
 
+EVERYWHERE = [name for name in IMPLEMENTATIONS if name != "fused"]  # its own tests: test_fused_attention.py
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # rounding of dtype
 
 
@@ -19,7 +22,7 @@ def by_hand(q, k, v, causal, scale):
     return out
 
 
-@pytest.mark.parametrize("impl", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("impl", ["auto", *EVERYWHERE])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("n", "m", "i", "d", "causal", "scale"),
@@ -43,14 +46,14 @@ def test_every_attention_impl_agrees(impl, dtype, n, m, i, d, causal, scale):
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERYWHERE)
 def test_every_attention_impl_has_the_right_gradients(impl):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 5, generator=g, dtype=torch.float64, requires_grad=True) for n in (4, 6, 6))
     assert torch.autograd.gradcheck(lambda *x: attention(*x, impl=impl), (q, k, v))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERYWHERE)
 def test_views_of_a_packed_product_are_taken_as_they_are(impl):
     packed = torch.randn(2, 10, 3 * 4 * 8, generator=torch.Generator().manual_seed(1))
     q, k, v = (x.unflatten(-1, (4, 8)) for x in packed.chunk(3, dim=-1))
@@ -58,7 +61,7 @@ def test_views_of_a_packed_product_are_taken_as_they_are(impl):
     torch.testing.assert_close(attention(q, k, v, impl=impl), expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERYWHERE)
 def test_scores_near_minus_200_do_not_vanish(impl):
     q = torch.full((1, 3, 1, 4), 10.0)
     k = -q + torch.randn(1, 3, 1, 4, generator=torch.Generator().manual_seed(2)) * 0.1
@@ -69,10 +72,36 @@ def test_scores_near_minus_200_do_not_vanish(impl):
 
 def test_an_unknown_impl_is_refused_with_the_known_ones():
     q = torch.zeros(1, 2, 1, 4)
-    with pytest.raises(ValueError, match="unknown attention impl 'flash'; known: auto, naive, sdpa"):
+    with pytest.raises(ValueError, match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, fused"):
         attention(q, q, q, impl="flash")
 
 
 def test_shapes_that_do_not_fit_are_refused_in_words():
     with pytest.raises(ValueError, match="attention takes q 'b n i d'"):
         attention(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 5), torch.zeros(1, 2, 1, 5))
+
+
+@pytest.mark.parametrize("layout", ["b n (i d)", "b (i d) n"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_never_writes_all_scores_out_on_a_cpu(layout, dtype):
+    """PyTorch does so, without a word, for rows that are not contiguous: 1 GiB for one image of 512 x 512 pixels."""
+    shape = {"b n (i d)": (1, 64, 80), "b (i d) n": (1, 80, 64)}[layout]
+    q, k, v = (rearrange(torch.randn(shape, dtype=dtype), f"{layout} -> b n i d", i=2) for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        attention(q, k, v, impl="sdpa")
+    names = {event.name for event in seen.events()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert "aten::_scaled_dot_product_attention_math" not in names
+
+
+@pytest.mark.parametrize("impl", ["auto", *EVERYWHERE])
+def test_weights_come_back_from_the_log_sum_exp(impl):
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, n, 3, 8, generator=g) for n in (300, 77, 77))
+    out, lse = attention_with_lse(q, k, v, impl=impl)
+    assert torch.equal(out, attention(q, k, v, impl=impl))
+    assert lse.shape == (2, 3, 300)
+    weights = weights_from_lse(q[:, 50:60], k, lse[..., 50:60])
+    torch.testing.assert_close(weights, attention_weights(q, k)[:, :, 50:60], atol=1e-6, rtol=1e-5)
+    by_weights = torch.einsum("b i n m, b m i d -> b n i d", weights, v)
+    torch.testing.assert_close(by_weights, out[:, 50:60], atol=2e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ · scale) v, once for reading and once for speed; one test holds them equal."""
+"""softmax(q kᵀ · scale) v: written out for reading, and in the forms that are quick; one test holds them equal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from minisd.kernels.choice import choose
+from minisd.kernels.fused import fused_attention
 
 
 def attention(
@@ -15,19 +18,25 @@ def attention(
 
     q: 'b n i d'; k, v: 'b m i d', all of one floating dtype, which is the result's too. Returns 'b n i d'. Scores and
     softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
-    impl: "auto" or a name in IMPLEMENTATIONS. ValueError for an unknown impl or shapes that do not fit.
+    impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, takes fp16 and bf16 on a GPU, and
+    no causal mask. "auto" is PyTorch's own, except for the GPUs and shapes where another was measured to be quicker.
+    ValueError for an unknown impl, shapes that do not fit, and where "fused" cannot run.
     """
+    check_shapes(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "auto":
+        impl = choose(q, k, v, causal, scale)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention impl {impl!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[impl](q, k, v, causal, scale)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
             f"attention takes q 'b n i d' and k, v 'b m i d' (i heads of width d), "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if impl == "auto":
-        impl = "sdpa"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention impl {impl!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[impl](q, k, v, causal, scale)
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -35,15 +44,46 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tenso
     accumulate = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("b n i d, b m i d -> b i n m", q.to(accumulate) * scale, k.to(accumulate))
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
+        scores = scores.masked_fill(_future(scores), float("-inf"))
     return torch.einsum("b i n m, b m i d -> b n i d", scores.softmax(-1), v.to(accumulate)).to(q.dtype)
+
+
+def _matmul(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """Three operations: product, softmax, product. For heads too wide to fuse (the VAE's 512), where n² scores fit.
+
+    On a GPU the products of half precision run on the tensor cores, with scores in float32.
+    """
+    b, _, heads, _ = q.shape
+    q, k, v = (rearrange(x, "b n i d -> (b i) n d") for x in (q, k, v))
+    if q.is_cuda and q.dtype.itemsize == 2 and torch.__version__ >= (2, 8) and not _needs_gradient(q, k, v):
+        scores = torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
+    else:
+        accumulate = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(accumulate) * scale) @ k.to(accumulate).mT
+    if causal:
+        scores = scores.masked_fill(_future(scores), float("-inf"))
+    return rearrange(scores.softmax(-1).to(v.dtype) @ v, "(b i) n d -> b n i d", b=b, i=heads)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """PyTorch's fused attention; heads move in front of tokens as views, without a copy."""
+    # on rows that are not contiguous PyTorch silently writes all n² scores out, at five times the time
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = (rearrange(x, "b n i d -> b i n d") for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), "b i n d -> b n i d")
 
 
-IMPLEMENTATIONS = {"naive": _naive, "sdpa": _sdpa}
+def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """This package's CUDA kernels (attention.cu)."""
+    return fused_attention(q, k, v, causal, scale)[0]
+
+
+def _future(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+IMPLEMENTATIONS = {"naive": _naive, "matmul": _matmul, "sdpa": _sdpa, "fused": _fused}

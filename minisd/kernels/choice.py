@@ -1,0 +1,51 @@
+"""What impl="auto" runs: the form that was measured to be the quickest on this GPU and shape, else PyTorch's own."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisd.kernels.fused import why_not_fused
+
+MEASURED = Path(__file__).with_name("measured.json")
+MARGIN = 0.97  # of sdpa's time: differences below 3 % are within the spread of a measurement
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
+    """The name of the form for these tensors: "sdpa" unless measured.json knows better for this GPU and shape."""
+    if q.device.type != "cuda" or causal:
+        return "sdpa"
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    (b, n, i, d), m = q.shape, k.shape[1]
+    quickest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)
+    return "sdpa" if quickest == "fused" and why_not_fused(q, k, v, causal, scale) else quickest
+
+
+@torch.compiler.assume_constant_result  # for torch.compile: shapes are constants, and so is the table
+def _measured(device: int, dtype: str, heads: int, n: int, m: int, d: int, training: bool) -> str:
+    rows = _rows(torch.cuda.get_device_name(device))
+    shape = {"dtype": dtype, "n": n, "m": m, "d": d, "pass": "training" if training else "forward"}
+    return quickest([row for row in rows if all(row[key] == value for key, value in shape.items())], heads)
+
+
+def quickest(rows: list[dict], heads: int) -> str:
+    """Of rows that differ in their number of heads, the nearest one that does not have more: its quickest form.
+
+    More heads fill a GPU better, for every form alike; fewer may leave it empty for one form and not for another, so
+    that nothing is concluded from a larger measurement.
+    """
+    row = max((row for row in rows if row["heads"] <= heads), key=lambda row: row["heads"], default=None)
+    if row is None:
+        return "sdpa"
+    best = min(row["us"], key=row["us"].get)
+    return best if row["us"][best] < MARGIN * row["us"]["sdpa"] else "sdpa"
+
+
+@functools.cache
+def _rows(gpu: str) -> list[dict]:
+    tables = json.loads(MEASURED.read_text())["tables"]
+    return [row for table in tables if table["gpu"] == gpu for row in table["rows"]]
