@@ -98,8 +98,7 @@ def inward_feather(mask: Tensor, width: int) -> Tensor:
 
 def composite(original: Tensor, painted: Tensor, weight: Tensor) -> Tensor:
     """uint8 'b 3 h w': painted where weight is 1, mixed where it is less, the original's own bits where it is 0."""
-    mixed = (original.float() + weight * (painted.float() - original.float())).round().to(torch.uint8)
-    return torch.where(weight > 0, mixed, original)
+    return (original.float() + weight * (painted.float() - original.float())).round().to(torch.uint8)
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
