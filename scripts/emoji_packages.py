@@ -100,7 +100,7 @@ def fetch(packages: Path) -> None:
             if done.returncode:
                 raise ValueError(
                     f"npm could not fetch {spec} (is there a network?); what is there already stays in {packages}.\n"
-                    f"npm says: {done.stderr.strip()[-600:] or done.returncode}"
+                    f"npm says: {done.stderr.strip()[:400] or done.returncode}"
                 )
             (Path(beside) / source.file).replace(packages / source.file)
 
@@ -143,7 +143,9 @@ def _package(packages: Path, source: Source) -> Iterator:
     """A function that reads JSON members of the package. Whatever goes wrong meanwhile is told in words."""
     path = packages / source.file
     if not path.is_file():
-        raise ValueError(f"{path} is missing: add --download, or put it there (npm pack {source.package}@…)")
+        raise ValueError(
+            f"{path} is missing: add --download, or put it there (npm pack {source.package}@{source.version})"
+        )
     try:
         with tarfile.open(path, "r:gz") as tar:
             about = json.load(tar.extractfile("package/package.json"))
