@@ -18,7 +18,7 @@ from PIL import Image
 from minisd import tasks
 from minisd.checkpoints.load import load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
-from minisd.cli import COMMANDS, PLOTS, main
+from minisd.cli import BENCHES, COMMANDS, PLOTS, main
 from minisd.cli.options import Model
 from minisd.cli.output import Output, Preview, Strip
 from minisd.config import Settings
@@ -26,6 +26,7 @@ from minisd.record.arguments import Txt2Img
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "2"]
+ALL = [path.rpartition(":")[2].replace("_", " ") for path in [*COMMANDS, *PLOTS, *BENCHES]]
 
 
 @pytest.fixture(scope="session")
@@ -459,7 +460,7 @@ def test_every_plot_writes_a_figure(minisd, tokens):
 # ----------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", [path.rpartition(":")[2].replace("plot_", "plot ") for path in [*COMMANDS, *PLOTS]])
+@pytest.mark.parametrize("command", ALL)
 def test_every_command_explains_itself_in_80_columns(command):
     out = run_alone(*command.split(), "--help", COLUMNS="80").stdout
     assert out.startswith(f"Usage: minisd {command} ")

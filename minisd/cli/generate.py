@@ -90,32 +90,34 @@ def make(prompts: list[str], arguments: Arguments, common: Common, **inputs: Pat
     """Load, sample with a bar, save each picture as soon as it is finished, and print its name."""
     call, names = plan(prompts, arguments, common, inputs)
     sd, output = common.model.load(), common.output
-    preview, strip, images = Preview(output.preview), Strip(), []
+    preview, strip, sheet, done = Preview(output.preview), Strip(), [], 0
     from minisd.record.png import save_png
 
     try:
         for sampling in samplings(sd, call, inputs):
-            if not images:
+            if not done:
                 announce(call, sampling)
             for number, step in enumerate(progress(sampling)):
                 preview.show(sampling, step)
-                if output.trajectory is not None and not images and not sampling.is_draft:
+                if output.trajectory is not None and not done and not sampling.is_draft:
                     strip.add(sampling, number, step)
             if sampling.is_draft:
                 continue
             for image in sampling.images():
-                save_png(names[len(images)], image, call, len(images))
-                print(names[len(images)], flush=True)
-                images.append(image)
+                save_png(names[done], image, call, done)
+                done += 1
+                print(names[done - 1], flush=True)
+                if output.grid is not None:
+                    sheet.append(image)
         if output.grid is not None:
-            save_sheet(output.grid, images)
+            save_sheet(output.grid, sheet)
             print(output.grid)
         if output.trajectory is not None:
             save_sheet(output.trajectory, strip.images, columns=len(strip.images))
             print(output.trajectory)
     except KeyboardInterrupt:
-        where = f", in {output.folder}" if images else ""
-        raise KeyboardInterrupt(f": {len(images)} of {len(names)} pictures are finished{where}") from None
+        where = f", in {output.folder}" if done else ""
+        raise KeyboardInterrupt(f": {done} of {len(names)} pictures are finished{where}") from None
 
 
 def plan(prompts: list[str], arguments: Arguments, common: Common, inputs: dict[str, Path]) -> tuple[Call, list[Path]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -133,7 +133,7 @@ def _sampling(
     return sampling
 
 
-def bench_load(*, dtype: str = "float32", runs: int = 3) -> None:
+def bench_load(*, dtype: Literal["float32", "float16"] = "float32", runs: int = 3) -> None:
     """Time and peak memory of loading a full-size SD1 file with random weights, beside diffusers' if installed.
 
     Args:
