@@ -46,7 +46,7 @@ EXAMPLES = {
     "schedules": ["minisd plot schedules linear cosine scaled_linear-zsnr --out schedules.svg"],
     "noising": ["minisd plot noising cat.jpg --schedules linear cosine"],
     "trajectory": ['minisd plot trajectory "a red apple" --steps 20 --panels 8'],
-    "load": ["minisd bench load", "minisd bench load --dtype float16 --runs 5"],
+    "load": ["minisd bench load --dtype float16 --runs 5"],
     "attention": ['minisd plot attention "a red apple on a blue table"'],
 }
 
