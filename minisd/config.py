@@ -284,10 +284,10 @@ class Settings:
     tile: int | None = None
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: give 1 or more")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: give 1 or more")
+        for name in ("steps", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}: give 1 or more, and a whole number")
         if self.eta and self.sampler != "ddim" and not callable(self.sampler):
             raise ValueError(f"eta={self.eta} belongs to the sampler ddim, not to {self.sampler}: leave it out")
 

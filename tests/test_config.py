@@ -79,6 +79,8 @@ def test_every_plan_pops_exactly_what_it_pushes(mult, blocks, levels):
 def test_settings_are_checked_when_they_are_made():
     with pytest.raises(ValueError, match="steps=0: give 1 or more"):
         Settings(steps=0)
+    with pytest.raises(ValueError, match=r"steps=2\.5: give 1 or more, and a whole number"):
+        Settings(steps=2.5)
     with pytest.raises(ValueError, match=r"eta=0\.5 belongs to the sampler ddim, not to euler"):
         Settings(eta=0.5, sampler="euler")
 
