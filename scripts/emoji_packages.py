@@ -143,9 +143,8 @@ def _package(packages: Path, source: Source) -> Iterator:
     """A function that reads JSON members of the package. Whatever goes wrong meanwhile is told in words."""
     path = packages / source.file
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: add --download, or put it there (npm pack {source.package}@{source.version})"
-        )
+        spec = f"{source.package}@{source.version}"
+        raise ValueError(f"{path} is missing: add --download, or put it there (npm pack {spec})")
     try:
         with tarfile.open(path, "r:gz") as tar:
             about = json.load(tar.extractfile("package/package.json"))
