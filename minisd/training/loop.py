@@ -1,0 +1,254 @@
+"""The training loop: forward, backward, clip, step, all in sight. Every recipe runs through it.
+
+What a step does depends on the config, the data and the number of the step alone (see `draws`), so a training that was
+killed and started again ends with the same bits as one that was not, and several processes train as one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from minisd.record.files import write_whole
+from minisd.tasks.nonfinite import first_nonfinite_layer
+from minisd.training.draws import Draws, examples
+from minisd.training.ema import EMA
+from minisd.training.parallel import Processes
+from minisd.training.progress import Progress
+from minisd.training.state import load_state, save_state
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how fast a recipe learns.
+
+    Attributes:
+        steps: updates of the weights.
+        batch_size: examples per update, over all processes and micro-batches together.
+        accumulate: micro-batches per process and update; more need less memory, and change the result by rounding only.
+        lr: the learning rate of AdamW after the warm-up.
+        warmup: steps in which the rate rises linearly.
+        decay: what the rate does then: stays, or falls to 0 along half a cosine.
+        betas: of AdamW.
+        weight_decay: of matrices and kernels; norms, biases and embeddings have none.
+        clip: the most that the gradient's norm may be, for each network.
+        ema: the decay of the average of the weights; none when null.
+        precision: bfloat16 computes under autocast, with float32 weights.
+        seed: of everything random.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-4
+    warmup: int = 100
+    decay: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float | None = 0.9999
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 1 or not self.lr > 0 or not self.clip > 0:
+            raise ValueError(f"steps={self.steps}, lr={self.lr}, clip={self.clip}: all of them are above 0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a training is carried out and watched. Nothing here changes a weight, but for rounding.
+
+    Attributes:
+        device: cpu, cuda … Under torchrun each process takes its own GPU.
+        save_every: steps between two states; a crash costs as many.
+        log_every: steps between two lines of the log.
+        sample_every: steps between two sheets of samples; 0 for none but the last.
+        quiet: no progress bar.
+    """
+
+    device: str = "cpu"
+    save_every: int = 500
+    log_every: int = 50
+    sample_every: int = 1000
+    quiet: bool = False
+
+
+RUN = Run()
+
+
+class Recipe(Protocol):
+    """What is learnt from what, by which loss. The loop needs to know no more.
+
+    networks: all that has weights to learn, by name. len(): the number of examples.
+    """
+
+    name: str
+    networks: nn.ModuleDict
+
+    def __len__(self) -> int: ...
+
+    def loss(self, examples: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """Scalars by name: "loss" is differentiated, the mean over the examples (indices, 'b'); the rest is logged."""
+
+    def sheet(self) -> Image.Image | None:
+        """Samples of the networks as they are."""
+
+
+class Diverged(ValueError):
+    """The loss or a gradient is NaN or infinite. The message says at which step, and which layer gave it first."""
+
+
+def train(
+    recipe: Recipe,
+    config: LoopConfig,
+    folder: str | os.PathLike,
+    run: Run,
+    group: Processes,
+    settings: dict[str, Any],
+) -> None:
+    """Train the recipe's networks to the last step; they then hold their averages (where config.ema keeps some).
+
+    folder: takes the state, the log and the pictures; a training that stands there is taken up where it was saved, and
+    one that is finished is only loaded. settings: everything that the result depends on, as plain values; kept in
+    config.json, and a state of other settings is refused. Diverged (a ValueError) when the loss is not finite.
+    """
+    folder, device = Path(folder), group.device
+    group.check(config.batch_size, config.accumulate)
+    networks = recipe.networks.to(device).train()
+    optimizer = build_optimizer(networks, config)
+    ema = EMA(networks, config.ema)
+    state = folder / "state.safetensors"
+    start = load_state(state, networks, optimizer, ema, settings)
+
+    def losses(step: int, part: int) -> dict[str, Tensor]:
+        """Those of one micro-batch of this process."""
+        rows = group.rows(config.batch_size, part, config.accumulate)
+        chosen = examples(config.seed, step, config.batch_size, len(recipe))[rows]
+        draws = Draws(config.seed, step, config.batch_size, rows, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            return recipe.loss(chosen, draws)
+
+    def due(done: int, every: int) -> bool:
+        return group.is_first and (done == config.steps or (every > 0 and done % every == 0))
+
+    if group.is_first:
+        _write_json(folder / "config.json", settings)
+    first, show = group.is_first, group.is_first and not run.quiet
+    progress = Progress(folder, recipe.name, start, config.steps, config.batch_size, bar=show, write=first)
+    with deterministic(device), progress:
+        for step in range(start, config.steps):
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(config, step)
+
+            values: dict[str, Tensor] = {}
+            for part in range(config.accumulate):
+                found = losses(step, part)
+                (found["loss"] / config.accumulate).backward()
+                for name, value in found.items():
+                    values[name] = values.get(name, 0) + value.detach().float() / config.accumulate
+
+            group.average_([p.grad for p in networks.parameters() if p.grad is not None])
+            group.average_(list(values.values()))
+            norms = [nn.utils.clip_grad_norm_(network.parameters(), config.clip) for network in networks.values()]
+            values["gradient"] = torch.stack(norms).norm()
+            if not torch.stack(list(values.values())).isfinite().all():
+                again = [lambda part=part: losses(step, part) for part in range(config.accumulate)]  # noqa: B023
+                raise Diverged(_divergence(recipe, values, step, again, state))
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(step + 1)
+
+            done = step + 1
+            progress.step(values)
+            if due(done, run.log_every):
+                progress.log(done, lr=learning_rate(config, step))
+            if due(done, run.sample_every):
+                with ema.applied():
+                    progress.draw(done, recipe.sheet())
+            if due(done, run.save_every):
+                save_state(state, done, networks, optimizer, ema, settings)
+    ema.swap()
+    networks.eval()
+
+
+def _write_json(path: Path, values: dict) -> None:
+    text = json.dumps(values, indent=1, sort_keys=True) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def build_optimizer(networks: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) that shrinks matrices and kernels only.
+
+    One for all networks, rivals too: Adam treats every weight by itself, and each has the gradient of its own loss.
+    """
+    tables = {id(m.weight) for m in networks.modules() if isinstance(m, nn.Embedding)}
+    learnt = [p for p in networks.parameters() if p.requires_grad]
+    shrunk = [p for p in learnt if p.ndim > 1 and id(p) not in tables]
+    others = [p for p in learnt if p.ndim <= 1 or id(p) in tables]
+    groups = [{"params": shrunk, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(config: LoopConfig, step: int) -> float:
+    """The rate of a step, from 0: a linear warm-up, then constant or half a cosine down to 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.decay == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(config.steps - config.warmup, 1)))
+
+
+def _divergence(recipe: Recipe, values: dict[str, Tensor], step: int, again: list[Callable[[], dict]], state: Path):
+    """What went wrong, found by computing the step once more: its weights have not moved yet."""
+    bad = ", ".join(f"{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
+    kept = f"the state in {state} is the last good one" if state.exists() else "no state had been saved before"
+    return (
+        f"{recipe.name} diverged at step {step}: {bad}, first in {_culprit(recipe, again)}; {kept}. Lower the learning "
+        'rate, lengthen the warm-up, or set precision to "float32"'
+    )
+
+
+def _culprit(recipe: Recipe, again: list[Callable[[], dict]]) -> str:
+    for run in again:
+        if layer := first_nonfinite_layer(recipe.networks, run):
+            return f"the layer {layer}"
+    recipe.networks.zero_grad()
+    for run in again:
+        found = run()
+        if not found["loss"].isfinite():
+            return "the loss itself: every layer's output is finite"
+        found["loss"].backward()
+    bad = [n for n, p in recipe.networks.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    # the backward pass runs from the last layer to the first
+    return f"the gradient of {bad[-1]}" if bad else "what another process computed"
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Equal bits from equal runs on a GPU, too; on a CPU they are for a fixed number of threads."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill

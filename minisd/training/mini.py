@@ -1,0 +1,126 @@
+"""The whole of Stable Diffusion from nothing: autoencoder, CLIP, U-Net, in that order, into one checkpoint.
+
+Run again after any interruption, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from torch import nn
+
+from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.save import save_checkpoint
+from minisd.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, UNetConfig, VAEConfig
+from minisd.record.files import write_whole
+from minisd.training.clip import CLIPRecipeConfig, train_clip
+from minisd.training.data import Augmentation, Pictures
+from minisd.training.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
+from minisd.training.loop import RUN, LoopConfig, Run
+from minisd.training.parallel import ALONE, Processes
+from minisd.training.vae import VAERecipeConfig, train_vae
+
+MINI = ModelConfig(
+    name="minisd mini",
+    unet=UNetConfig(
+        channels=48,
+        channel_mult=(1, 2, 4),
+        num_res_blocks=1,
+        attention_levels=(1, 2),
+        num_heads=None,
+        head_width=32,
+        context_dim=128,
+        norm_groups=16,
+    ),
+    vae=VAEConfig(channels=16, channel_mult=(1, 2, 6, 12), num_res_blocks=1, norm_groups=8, scale_factor=1.0),
+    text=CLIPTextConfig(width=128, layers=4, heads=4, mlp_width=512, projection_dim=128),
+    vision=CLIPVisionConfig(
+        image_size=64, patch_size=8, width=192, layers=6, heads=6, mlp_width=768, projection_dim=128
+    ),
+    prediction="v",
+    image_size=128,
+)
+
+
+@dataclass(frozen=True)
+class MiniConfig:
+    """The three recipes, each with the networks that it trains.
+
+    Attributes:
+        vae: the autoencoder.
+        clip: the text and the vision tower.
+        unet: the U-Net. Its model's vae, text and vision are filled in with those trained before it.
+        half: whether the weights are saved in float16.
+    """
+
+    vae: VAERecipeConfig = field(default_factory=VAERecipeConfig)
+    clip: CLIPRecipeConfig = field(default_factory=CLIPRecipeConfig)
+    unet: LatentDiffusionConfig = field(default_factory=LatentDiffusionConfig)
+    half: bool = True
+
+
+def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
+    """The plan of the mini model: some six hours on two CPU cores, or half an hour on one large GPU."""
+    common = {"decay": "cosine", "precision": "bfloat16", "betas": (0.9, 0.99)}
+    more = 8 if gpu else 1
+    return MiniConfig(
+        vae=VAERecipeConfig(
+            vae=model.vae,
+            loop=LoopConfig(steps=3500 * more, batch_size=8 * more, lr=1e-3, ema=0.999, **common),
+            augmentation=Augmentation(background=0.3, zoom=0.2, shift=0.1),
+            gan_weight=0.5 if gpu else 0.0,
+            gan_start=2000 * more,
+        ),
+        clip=CLIPRecipeConfig(
+            text=model.text,
+            vision=model.vision,
+            loop=LoopConfig(steps=1500 * more, batch_size=256, lr=1e-3, weight_decay=0.1, ema=0.99, **common),
+            augmentation=Augmentation(background=0.3, zoom=0.2, shift=0.1),
+        ),
+        unet=LatentDiffusionConfig(
+            model=model,
+            loop=LoopConfig(steps=10_000 * more, batch_size=64 * more, lr=1e-3, warmup=500, ema=0.9995, **common),
+            min_snr=5.0,
+        ),
+    )
+
+
+def train_mini(
+    pictures: Pictures,
+    folder: str | os.PathLike,
+    config: MiniConfig,
+    run: Run = RUN,
+    group: Processes = ALONE,
+) -> Checkpoint:
+    """All three recipes, in subfolders of `folder`; then folder/mini.safetensors, in the original's layout.
+
+    What is finished is only loaded, so the same call takes an interrupted training up again.
+    """
+    pictures.check_captions()
+    folder, size = Path(folder), config.unet.model.image_size
+    if pictures.size != size:
+        raise ValueError(f"the pictures have {pictures.size} px, the model {size}: make them equal")
+    vae = train_vae(pictures, folder / "vae", config.vae, run, group)
+    clip = train_clip(pictures, folder / "clip", config.clip, run, group)
+    model = replace(config.unet.model, vae=vae.config, text=clip.text.config, vision=clip.vision.config)
+    unet_config = replace(config.unet, model=model)
+    unet = train_latent_diffusion(pictures, vae, clip.text, folder / "unet", unet_config, run, group)
+
+    networks = {"unet": unet, "vae": vae, "text": clip.text, "vision": clip.vision}
+    evidence = "minisd trained it so"
+    checkpoint = Checkpoint(model, networks, {}, [], evidence, global_step=config.unet.loop.steps)
+    if group.is_first:
+        saved = {name: in_half(network) for name, network in networks.items()} if config.half else networks
+        save_checkpoint(replace(checkpoint, networks=saved), folder / "mini.safetensors")
+        text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
+        write_whole(folder / "mini.json", lambda file: file.write(text.encode()))
+    return checkpoint
+
+
+def in_half(network: nn.Module) -> nn.Module:
+    """A copy of a network in float16; the weight stays what it was."""
+    return deepcopy(network).half()

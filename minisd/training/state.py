@@ -1,0 +1,90 @@
+"""The state of a training as one file: weights, averages, the optimiser's moments, and the step. Whole or absent.
+
+Written beside and renamed, so that a kill or a full disk leaves the state before it. There is no random state in it:
+`draws` derives all chance from the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minisd.checkpoints.io import CheckpointError, open_tensors, save_safetensors
+from minisd.training.ema import EMA
+
+KEY = "minisd_training"  # in the metadata: the step, and the settings that made the state
+
+
+def save_state(
+    path: str | os.PathLike, step: int, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: dict
+) -> None:
+    """Write the state after `step` steps. OSError where the disk is full: the file before stays."""
+    tensors = {f"networks.{name}": tensor for name, tensor in networks.state_dict().items()}
+    tensors |= {f"averages.{name}": tensor for name, tensor in ema.averages.items()}
+    for name, moments in _moments(networks, optimizer):
+        tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in moments.items()}
+    save_safetensors(path, tensors, {KEY: json.dumps({"step": step, "settings": settings}, sort_keys=True)})
+
+
+def load_state(
+    path: str | os.PathLike, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: dict
+) -> int:
+    """Take up the state of a file, in place, and return its step; 0 where there is none.
+
+    ValueError where other settings made it: a training that changes on its way can not be told or repeated.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    file = open_tensors(path)
+    if KEY not in file.metadata:
+        raise CheckpointError(f"{path}: it is no state of a training: remove it, or train into another folder")
+    file.verify()
+    said = json.loads(file.metadata[KEY])
+    if differences := differing(said["settings"], json.loads(json.dumps(settings))):
+        raise ValueError(
+            f"{path} is of another training: {'; '.join(differences[:5])}. Give the old values to go on with it, or "
+            "another folder to start anew"
+        )
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): file.read(name) for name in file if name.startswith(prefix)}
+
+    networks.load_state_dict(under("networks."))
+    for name, average in under("averages.").items():
+        ema.averages[name].copy_(average)
+    named = {id(p): name for name, p in networks.named_parameters()}
+    order = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    moments = {key: under(f"optimizer.{key}.") for key in ("step", "exp_avg", "exp_avg_sq")}
+    state = {
+        i: {key: tensors[name] for key, tensors in moments.items()}
+        for i, name in enumerate(order)
+        if name in moments["step"]
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return said["step"]
+
+
+def _moments(networks: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    for name, parameter in networks.named_parameters():
+        if parameter in optimizer.state:
+            yield name, optimizer.state[parameter]
+
+
+def differing(old: Any, new: Any, where: str = "") -> list[str]:
+    """What two nests of plain values disagree on, a line each: "loop.lr was 0.001, is 0.01"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted(old.keys() | new.keys())
+        below = (differing(old.get(n), new.get(n), f"{where}.{n}" if where else n) for n in names)
+        return [line for lines in below for line in lines]
+    return [] if old == new else [f"{where} was {_said(old)}, is {_said(new)}"]
+
+
+def _said(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value)

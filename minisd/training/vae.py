@@ -1,0 +1,142 @@
+"""Recipe: the autoencoder (Rombach et al. 2022, section 3.1), with or without a rival that judges its patches."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from minisd.config import VAEConfig
+from minisd.images import grid, to_pil
+from minisd.models.vae import VAE
+from minisd.training.data import Augmentation, Pictures, augmented
+from minisd.training.draws import Draws, generator
+from minisd.training.loop import RUN, LoopConfig, Run, train
+from minisd.training.loss import adaptive_weight, gradient_loss, hinge_loss, kl_to_standard
+from minisd.training.parallel import ALONE, Processes
+from minisd.training.patchgan import PatchDiscriminator
+from minisd.training.weights import seeded
+
+
+@dataclass(frozen=True)
+class VAERecipeConfig:
+    """The autoencoder and how it learns.
+
+    Attributes:
+        vae: the network; its scale factor is measured after the training.
+        loop: the training loop.
+        pixel: the error of a pixel value: l1, or l2 squared.
+        gradient_weight: of the error of neighbouring pixels' differences, which keeps edges sharp.
+        kl_weight: of the divergence of the latents from N(0, I): small, it only keeps them from drifting apart.
+        gan_weight: of the rival's verdict, relative to the gradient of the reconstruction; 0 for no rival.
+        gan_start: the step at which the rival begins.
+        gan_channels: the rival's width.
+        augmentation: how pictures are varied.
+    """
+
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    pixel: Literal["l1", "l2"] = "l1"
+    gradient_weight: float = 1.0
+    kl_weight: float = 1e-6
+    gan_weight: float = 0.0
+    gan_start: int = 50001
+    gan_channels: int = 32
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+class VAERecipe:
+    """reconstruction + kl_weight·KL + gan_weight·w·(-D(x̂)), and beside it the rival's hinge loss.
+
+    Both players share one backward pass: the autoencoder's loss sees the rival's weights as constants, the rival's sees
+    the reconstruction as one. w brings the rival's gradient to the size of the reconstruction's; it is that of the
+    micro-batch at hand, as in the original, so with a rival the number of processes matters beyond rounding.
+    """
+
+    name = "vae"
+
+    def __init__(self, pictures: Pictures, config: VAERecipeConfig):
+        if pictures.size % config.vae.factor:
+            raise ValueError(f"pictures of {pictures.size} px do not divide by the VAE's factor {config.vae.factor}")
+        self.pictures, self.config = pictures, config
+        with seeded("vae", config.loop.seed):
+            self.vae = VAE(replace(config.vae, scale_factor=1.0))
+            self.networks = nn.ModuleDict({"vae": self.vae})
+            if config.gan_weight:
+                self.networks["discriminator"] = PatchDiscriminator(config.gan_channels)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def loss(self, examples: Tensor, draws: Draws) -> dict[str, Tensor]:
+        config = self.config
+        image = augmented(self.pictures, examples, draws, config.augmentation)
+        posterior = self.vae.encode(image)
+        z = posterior.mean + posterior.std * draws.normal(*posterior.mean.shape[1:])
+        output = self.vae.decode(z).float()
+
+        error = output - image
+        pixel = error.abs().mean() if config.pixel == "l1" else error.square().mean()
+        edges = gradient_loss(output, image) if config.gradient_weight else pixel.new_zeros(())
+        reconstruction = pixel + config.gradient_weight * edges
+        kl = kl_to_standard(posterior).mean() / image[0].numel()
+        losses = {"pixel": pixel, "edges": edges, "kl": kl}
+        total = reconstruction + config.kl_weight * kl
+        if config.gan_weight and draws.step >= config.gan_start:
+            adversary, rival = self._rivals(image, output)
+            # nothing is differentiated where the loop looks for the cause of a NaN
+            last = self.vae.decoder.conv_out.weight
+            weight = adaptive_weight(reconstruction, adversary, last) if torch.is_grad_enabled() else 1.0
+            losses |= {"adversary": adversary, "rival": rival}
+            total = total + config.gan_weight * weight * adversary + rival
+        return {"loss": total, **losses}
+
+    def _rivals(self, image: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """What each player wants small: the autoencoder's -D(x̂) with D held, D's hinge loss with x̂ held."""
+        discriminator = self.networks["discriminator"]
+        held = {name: weight.detach() for name, weight in discriminator.named_parameters()}
+        adversary = -functional_call(discriminator, held, (output,)).float().mean()
+        return adversary, hinge_loss(discriminator(image).float(), discriminator(output.detach()).float())
+
+    @torch.no_grad()
+    def sheet(self) -> Image.Image:
+        """Pictures above, their reconstructions below."""
+        rows = torch.linspace(0, len(self) - 1, min(8, len(self))).long()
+        device = next(self.vae.parameters()).device
+        image = self.pictures.images(rows, device)
+        return grid(to_pil(torch.cat([image, self.vae.decode(self.vae.encode(image).mean)])), columns=len(rows))
+
+
+def train_vae(
+    pictures: Pictures,
+    folder: str | os.PathLike,
+    config: VAERecipeConfig,
+    run: Run = RUN,
+    group: Processes = ALONE,
+) -> VAE:
+    """The trained autoencoder, averaged, on the run's device, its scale factor measured on its pictures."""
+    recipe = VAERecipe(pictures, config)
+    settings = {"recipe": asdict(config), "data": pictures.digest}
+    train(recipe, config.loop, Path(folder), run, group, settings)
+    vae = recipe.vae.requires_grad_(False)
+    vae.config = replace(config.vae, scale_factor=latent_scale(vae, pictures))
+    return vae
+
+
+@torch.no_grad()
+def latent_scale(vae: VAE, pictures: Pictures, *, batch_size: int = 32, most: int = 2048) -> float:
+    """1/std of sampled latents, over all channels together, to 5 digits (Rombach et al. 2022, appendix G).
+
+    The diffusion process assumes unit variance. vae must have scale_factor 1. Evenly spaced pictures, at most `most`.
+    """
+    device = next(vae.parameters()).device
+    rows = torch.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().long()
+    noise = generator("latent scale")
+    latents = [vae.encode(pictures.images(part, device)).sample(noise).float().cpu() for part in rows.split(batch_size)]
+    return float(f"{1 / torch.cat(latents).std().item():.5g}")
