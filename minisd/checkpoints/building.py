@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minisd.checkpoints.detect import Part, Renamed
 from minisd.checkpoints.entries import CheckpointError
@@ -18,6 +20,7 @@ from minisd.models.vae import VAE
 
 NETWORKS = {"unet": UNet, "vae": VAE, "text": CLIPText, "vision": CLIPVision, "control": ControlNet}
 Cast = Callable[[torch.dtype], torch.dtype]
+READERS = 4  # threads that read and convert tensors
 
 
 def keep_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,12 +65,22 @@ _ORIGINAL = {"unet": "ldm", "vae": "ldm", "text": "openclip", "vision": "opencli
 
 
 def on_meta(name: str, config, where: str | os.PathLike = "") -> nn.Module:
-    """The network without memory for its weights."""
+    """The network without memory for its weights, nor time spent on drawing them."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return NETWORKS[name](config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that torch refuses
         raise CheckpointError(f"{where}: no {name} can be built from {config}: {str(error)[:200]}") from error
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out torch.nn.init: on the meta device its draws compute nothing, yet import torch's compiler (2 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast: Cast, device) -> dict[str, Tensor]:
@@ -90,7 +103,11 @@ def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast:
         tensor = tensors[key] if dtype == tensors.dtype(key) else tensors.read(key, dtype)
         return tensor.to(device)
 
-    return take(read, names)
+    keys = list(dict.fromkeys(source.key for source in names.values()))
+    if torch.device(device).type == "cpu" and all(cast(tensors.dtype(key)) == tensors.dtype(key) for key in keys):
+        return take(read, names)  # nothing is read
+    with ThreadPoolExecutor(READERS) as pool:  # most of the time goes into the system's handing out of memory
+        return take(dict(zip(keys, pool.map(read, keys), strict=True)).__getitem__, names)
 
 
 def refuse(where: str | os.PathLike, why: str):

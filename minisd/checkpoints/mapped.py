@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import threading
 import weakref
@@ -89,10 +90,15 @@ class MappedFile:
 
     def _read_into(self, flat: Tensor, offset: int) -> None:
         view = memoryview(flat.view(torch.uint8).numpy())
+        while view:
+            count = self._read_at(view, offset)
+            if not count:
+                raise OSError(f"{self.raw.name}: the file became shorter while it was being read")
+            view, offset = view[count:], offset + count
+
+    def _read_at(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.raw.fileno(), [view], offset)
         with self._lock:
             self.raw.seek(offset)
-            while view:
-                count = self.raw.readinto(view)
-                if not count:
-                    raise OSError(f"{self.raw.name}: the file became shorter while it was being read")
-                view = view[count:]
+            return self.raw.readinto(view)

@@ -64,7 +64,7 @@ class CLIPVision(nn.Module):
         super().__init__()
         self.config = config
         patches = (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.position_embedding = nn.Embedding(1 + patches, config.width)
         self.pre_norm = nn.LayerNorm(config.width, config.norm_eps)
@@ -73,6 +73,7 @@ class CLIPVision(nn.Module):
         self.projection = (
             None if config.projection_dim is None else nn.Linear(config.width, config.projection_dim, bias=False)
         )
+        nn.init.normal_(self.class_embedding, std=config.width**-0.5)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 
     def forward(self, image: Tensor) -> Tensor:
