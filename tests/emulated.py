@@ -31,11 +31,11 @@ class _Stats(ctypes.Structure):
 class Emulator:
     """A launcher for minisd.kernels: `emulator(launch, params)`. `counts` sums what ran; schedule orders the warps."""
 
-    def __init__(self, kernels: Path = KERNELS, schedule: int = 0):
-        self.kernels, self.schedule, self.counts = kernels, schedule, Counter()
+    def __init__(self, schedule: int = 0):
+        self.schedule, self.counts = schedule, Counter()
 
     def __call__(self, launch: Launch, params: Params) -> None:
-        run = library(self.kernels, *instances_beside(launch.kernel)).emulate
+        run = library(KERNELS, *instances_beside(launch.kernel)).emulate
         run.argtypes = [
             ctypes.c_char_p,
             ctypes.c_void_p,

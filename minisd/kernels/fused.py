@@ -45,12 +45,16 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
         return f"takes 1 to 65535 images and heads and at least one token, got {tuple(q.shape)} and {tuple(k.shape)}"
     if not 0 < scale < math.inf:
         return f"takes a positive scale, got {scale}"
-    capability = torch.cuda.get_device_capability(q.device)
-    if capability < (8, 0):
-        return f"needs compute capability 8.0 (Ampere) or newer, and {torch.cuda.get_device_name(q.device)} has " + (
-            ".".join(map(str, capability))
-        )
-    return None
+    return _too_old(q.device.index or 0)
+
+
+@torch.compiler.assume_constant_result  # for torch.compile, which cannot look into the driver
+def _too_old(device: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    return f"needs compute capability 8.0 (Ampere) or newer, and {gpu} has {major}.{minor}"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, launcher: Launcher) -> tuple[Tensor, Tensor]:
@@ -110,6 +114,8 @@ def plain_backward(
 @functools.cache
 def trusted(device: int, width: int, dtype: torch.dtype, gradients: bool) -> bool:
     """Do the kernels of this width and dtype run on this GPU, and agree with the plain form? Warns where not."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attention's kernels are compiled and checked at their first use: run once before capturing")
     try:
         error = self_check(torch.device("cuda", device), width, dtype, gradients, cuda_launch)
         failed = None if error < TOLERANCE[dtype] else f"differ from the plain form by {error:.1e}, relatively"
