@@ -262,13 +262,13 @@ class Settings:
         sampler: ddim, ddpm, dpmpp_2m, euler, euler_ancestral, heun, lms or plms; in Python also a function.
         guidance_scale: how much the prompt counts; 1 is off, and half the work.
         guidance_rescale: share in [0, 1] by which guided output gets the deviation of unguided (Lin et al. 2023).
-        guidance_interval: the times t between which guidance acts; always, when None.
+        guidance_interval: the times t between which guidance acts; always, when left out.
         spacing: which times are visited; "karras" is a σ ladder of real t, for the σ samplers.
         eta: noise of DDIM, from 0 (none) to 1 (DDPM's).
         convention: how a prompt's brackets and length are read.
-        clip_skip: last blocks of the text encoder to leave out; None is the model's own.
+        clip_skip: last blocks of the text encoder to leave out; the model's own when left out.
         batch_size: images per call of the network. The pictures do not depend on it.
-        tile: rows of the stripes in which the VAE works, 0 for none; None decides by the picture's size.
+        tile: rows of the stripes in which the VAE works, 0 for none; by the picture's size when left out.
     """
 
     steps: int = 30

@@ -40,7 +40,7 @@ def test_a_batch_knows_its_prompts_and_seeds():
             SD, ["a", "b"], negative_prompt=["c", "d"], num_images=2, seed=9, settings=Settings(steps=1, batch_size=3)
         )
     )
-    assert [[sampling.origin(i) for i in range(len(sampling.seeds))] for sampling in samplings] == [
+    assert [list(zip(s.seeds, s.prompts, s.negative_prompts, strict=True)) for s in samplings] == [
         [(9, "a", "c"), (10, "a", "c"), (11, "b", "d")],
         [(12, "b", "d")],
     ]

@@ -24,8 +24,8 @@ Flat = Parameter(name="*")  # a dataclass's fields as options of their own names
 def txt2img(
     *prompt: str,
     prompts: Path | None = None,
-    arguments: Annotated[Txt2Img, Flat] = Txt2Img(),  # noqa: B008 (frozen)
-    common: Common = Common(),  # noqa: B008
+    arguments: Annotated[Txt2Img, Flat] = Txt2Img(),
+    common: Common = Common(),
 ) -> None:
     """Draw pictures of one or several prompts.
 
@@ -40,8 +40,8 @@ def img2img(
     prompt: str,
     image: Path,
     *,
-    arguments: Annotated[Img2Img, Flat] = Img2Img(),  # noqa: B008
-    common: Common = Common(),  # noqa: B008
+    arguments: Annotated[Img2Img, Flat] = Img2Img(),
+    common: Common = Common(),
 ) -> None:
     """Redraw a picture after a prompt.
 
@@ -57,8 +57,8 @@ def inpaint(
     image: Path,
     mask: Path,
     *,
-    arguments: Annotated[Inpaint, Flat] = Inpaint(),  # noqa: B008
-    common: Common = Common(),  # noqa: B008
+    arguments: Annotated[Inpaint, Flat] = Inpaint(),
+    common: Common = Common(),
 ) -> None:
     """Repaint the part of a picture where a mask is white; the rest stays as it is, bit for bit.
 
@@ -74,8 +74,8 @@ def outpaint(
     prompt: str,
     image: Path,
     *,
-    arguments: Annotated[Outpaint, Flat] = Outpaint(),  # noqa: B008
-    common: Common = Common(),  # noqa: B008
+    arguments: Annotated[Outpaint, Flat] = Outpaint(),
+    common: Common = Common(),
 ) -> None:
     """Paint on beyond the edges of a picture.
 

@@ -93,6 +93,6 @@ class Model:
 class Common:
     """What every command takes that makes pictures."""
 
-    settings: Sampled = Settings()  # noqa: RUF009 (frozen)
+    settings: Sampled = Settings()
     model: Model = Model()
     output: Output = Output()  # noqa: RUF009

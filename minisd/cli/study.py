@@ -58,8 +58,8 @@ def plot_trajectory(
     height: int | None = None,
     width: int | None = None,
     panels: int = 10,
-    settings: Sampled = Settings(),  # noqa: B008 (frozen)
-    model: Model = Model(),  # noqa: B008
+    settings: Sampled = Settings(),
+    model: Model = Model(),
     out: Path = Path("trajectory.png"),
 ) -> None:
     """Draw what the model believes the finished picture to be, at each time of a sampling.
@@ -86,8 +86,8 @@ def plot_attention(
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
-    settings: Sampled = Settings(),  # noqa: B008
-    model: Model = Model(),  # noqa: B008
+    settings: Sampled = Settings(),
+    model: Model = Model(),
     out: Path = Path("attention.png"),
 ) -> None:
     """Draw a picture, and where it looks at each word of its prompt.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class HintEncoder(nn.Module):
     def __init__(self, channels: int, widths: tuple[int, ...], out_channels: int):
         super().__init__()
         convs = [nn.Conv2d(channels, widths[0], 3, padding=1)]
-        for width, wider in zip(widths, widths[1:], strict=False):
+        for width, wider in pairwise(widths):
             convs += [nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, wider, 3, padding=1, stride=2)]
         self.convs = nn.ModuleList([*convs, nn.Conv2d(widths[-1], out_channels, 3, padding=1)])
 

@@ -100,10 +100,6 @@ class Sampling:
     def negative_prompts(self) -> list[str]:
         return self.batch.negative_prompts
 
-    def origin(self, place: int) -> tuple[int, str, str]:
-        """Seed, prompt and negative prompt of one picture of the batch."""
-        return self.seeds[place], self.prompts[place], self.negative_prompts[place]
-
 
 @dataclass(frozen=True)
 class Batch:
