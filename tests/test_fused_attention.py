@@ -32,10 +32,10 @@ def launcher(device, schedule=0):
     return Emulator(schedule=schedule) if device == "cpu" else cuda_launch
 
 
-def in_nan(x, device):
+def in_nan(x, device, pad=8):
     """x inside a larger buffer of NaN: with other heads before it, other tokens behind it, and unusual strides."""
     b, n, i, d = x.shape
-    buffer = torch.full((b, n + 3, i + 1, d + 8), NAN, dtype=x.dtype, device=device)
+    buffer = torch.full((b, n + 3, i + 1, d + pad), NAN, dtype=x.dtype, device=device)
     buffer[:, :n, 1:, :d] = x.to(device)
     return buffer[:, :n, 1:, :d]
 
@@ -47,7 +47,7 @@ def inputs(d, dtype, shape, device, cold=False):
     q = 3 * q
     if cold:  # all scores near -200, where a forgotten mask or maximum overflows
         q, k = torch.full_like(q, 2.0), -100 * d**-0.5 + 0.25 * k
-    return [in_nan(x.to(dtype), device) for x in (q, k, v, dout)]
+    return [in_nan(x.to(dtype), device, 8 + 8 * j) for j, x in enumerate((q, k, v, dout))]
 
 
 def exact(q, k, v, dout):
@@ -61,7 +61,8 @@ def exact(q, k, v, dout):
 def run(q, k, v, dout, launch, tiles=None):
     """All three kernels, into buffers of NaN: (o, dq, dk, dv) and lse."""
     d = q.shape[-1]
-    o, dq, dk, dv = (in_nan(torch.full(x.shape, NAN, dtype=x.dtype), x.device) for x in (q, q, k, v))
+    empty = [torch.full(x.shape, NAN, dtype=x.dtype) for x in (q, q, k, v)]
+    o, dq, dk, dv = (in_nan(x, q.device, 8 + 8 * j) for j, x in enumerate(empty))
     lse, delta = (torch.full((q.shape[0], q.shape[2], q.shape[1]), NAN, device=q.device) for _ in range(2))
     params = Params.of(d**-0.5, lse, delta, q=q, k=k, v=v, o=o, dout=dout, dq=dq, dk=dk, dv=dv)
     for each in (forward_launch(q, k, tiles), *backward_launches(q, k)):

@@ -26,10 +26,6 @@ MUTANTS = {  # name: (what is written, what it becomes)
         "rows.template fragment<16>(a[r][1], r, c)",
     ),
     "rows in shared memory of another warp": ("threadIdx.x / 32 * 16 * R + threadIdx.x % 16", "threadIdx.x % 16"),
-    "rows in shared memory past the end": (
-        "cp_async16(smem + row * LD + chunk % C * 8, from, valid)",
-        "cp_async16(smem + row * LD + chunk % C * 8, from, true)",
-    ),
     "halves of P swapped": (
         "pack<T>(s[r][n + i / 2][i % 2 * 2], s[r][n + i / 2][i % 2 * 2 + 1])",
         "pack<T>(s[r][n + i / 2][i % 2 * 2 + 1], s[r][n + i / 2][i % 2 * 2])",
