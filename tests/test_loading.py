@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -21,6 +22,7 @@ from tiny import (
     sparse_file,
 )
 
+from minisd.bench import in_own_process
 from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.io import CheckpointError, save_safetensors
 from minisd.checkpoints.keymaps import give, keymap
@@ -408,3 +410,38 @@ def test_a_config_of_other_shapes_is_refused(tmp_path):
     for wrong in (TINY["SD2_V"], PRESETS["SD1"], replace(TINY["SD1"], vae=PRESETS["SD1"].vae)):
         with pytest.raises(CheckpointError, match=r"its config and the shapes of its .* disagree"):
             load_checkpoint(tmp_path / "a.safetensors", config=wrong)
+
+
+# -------------------------------------------------------------------------------------------------------- time, memory
+
+
+def test_building_draws_no_weights(monkeypatch):
+    """Drawing on the meta device computes nothing, and imports torch's compiler, which takes seconds."""
+
+    def draw(*args, **kwargs):
+        raise AssertionError("a weight was drawn")
+
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, draw)
+    monkeypatch.setattr(torch, "randn", draw)
+    config = PRESETS["SD2_UNCLIP_H"]
+    for name in ("unet", "vae", "text", "vision"):
+        assert on_meta(name, getattr(config, name)).state_dict()
+
+
+def test_tensors_that_keep_their_dtype_are_mapped_and_not_read(tmp_path):
+    """4.3 GB in well under a gigabyte of memory."""
+    path = sparse_file(tmp_path / "model.safetensors", manifest("sd-v1")["tensors"])
+    code = "from minisd.bench import resident; import torch; import minisd; minisd.load; before = resident()\n"
+    code += f"sd = minisd.load({str(path)!r}); print(resident(peak=True) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(done.stdout) < 300e6
+
+
+def test_the_benchmark_measures_a_load_in_a_process_of_its_own(tmp_path):
+    save_checkpoint(checkpoint("SD1"), tmp_path / "a.safetensors")
+    measured = in_own_process("minisd", tmp_path / "a.safetensors")
+    kept = sum(t.numel() * 4 for n in checkpoint("SD1").networks.values() for t in n.state_dict().values())
+    assert measured["kept"] == kept
+    assert 0 < measured["load"] < measured["use"]
+    assert measured["peak"] > kept

@@ -241,6 +241,16 @@ def test_a_folder_of_ours_with_a_damaged_weights_header_is_refused_or_the_same(t
         assert_error_or_same(tmp_path / "folder", made)
 
 
+def test_a_single_file_of_ours_with_a_damaged_header_is_refused_or_the_same(tmp_path):
+    made, path, rng = checkpoint(SMALLEST), tmp_path / "a.safetensors", random.Random(3)
+    save_checkpoint(made, path)
+    intact = path.read_bytes()
+    header = 8 + int.from_bytes(intact[:8], "little")
+    for _ in range(100):
+        path.write_bytes(damage(intact[:header], rng) + intact[header:])
+        assert_error_or_same(path, made)
+
+
 def attempt(path) -> str | Checkpoint:
     """The loaded checkpoint, or the text of the only kind of error there may be, which names the path."""
     try:
