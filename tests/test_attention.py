@@ -1,10 +1,13 @@
 """softmax(q kᵀ · scale) v: every implementation is the formula."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from einops import rearrange
 
-from minisd import attention
+from minisd import attention, kernels
 from minisd.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
 from minisd.models.attention_maps import attention_weights
 
@@ -105,3 +108,15 @@ def test_weights_come_back_from_the_log_sum_exp(impl):
     torch.testing.assert_close(weights, attention_weights(q, k)[:, :, 50:60], atol=1e-6, rtol=1e-5)
     by_weights = torch.einsum("b i n m, b m i d -> b n i d", weights, v)
     torch.testing.assert_close(by_weights, out[:, 50:60], atol=2e-6, rtol=0)
+
+
+def test_the_walk_to_the_kernels_runs_as_it_is_written():
+    page = (Path(kernels.__file__).parent / "README.md").read_text()
+    code = dict(torch=torch)
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, code)
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (3 * torch.randn(n, 40, generator=g, dtype=torch.float64) for n in (30, 200, 200))
+    expected = attention(q[None, :, None], k[None, :, None], v[None, :, None], impl="naive")[0, :, 0]
+    torch.testing.assert_close(code["naive"](q, k, v), expected)
+    torch.testing.assert_close(code["online"](q, k, v), expected)

@@ -7,10 +7,19 @@ import math
 
 import pytest
 import torch
-from emulated import Emulator
+from emulated import SHIM, Emulator
 
 from minisd.kernels import fused
-from minisd.kernels.launch import TILES, Params, Tile, backward_launches, cuda_launch, forward_launch
+from minisd.kernels.launch import (
+    C_NAME,
+    TILES,
+    Launch,
+    Params,
+    Tile,
+    backward_launches,
+    cuda_launch,
+    forward_launch,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Relative L2 distance from float64: of the output, 1.5 times what rounding the exact result costs; of gradients, 3
@@ -173,3 +182,72 @@ def test_the_self_check_of_the_first_use_passes(d, dtype, device):
     for gradients in (False, True):
         error = fused.self_check(torch.device(device), d, dtype, gradients, launcher(device))
         assert error < 0.75 * fused.TOLERANCE[dtype]
+
+
+# ------------------------------------------------------------------------------- the instructions they are made of
+
+
+def conform(dtype, device):
+    """What one warp answers to every instruction of device.cuh: 32-bit words 'slot lane', and its inputs."""
+    g = torch.Generator().manual_seed(6)
+    matrices, copied = (torch.randint(-8, 9, (size,), generator=g).to(dtype).to(device) for size in (256, 512))
+    out = torch.zeros(32, 32, device=device)
+    q, k = (x.reshape(1, -1, 1, 8) for x in (matrices, copied))
+    kernel = f"conformance<{C_NAME[dtype]}>"
+    launch = Launch(kernel, (1, 1, 1), 32, 2 * 768, SHIM / "conformance.cu")
+    launcher(device)(launch, Params.of(1.0, out, q=q, k=k))
+    return out.cpu().view(torch.int32), matrices.cpu(), copied.cpu()
+
+
+def bits(x):
+    return x.contiguous().view(torch.int32).flatten()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_every_instruction_does_what_nvidias_manual_says(dtype, device):
+    """PTX ISA: ldmatrix, the fragments of mma.m16n8k16 and m16n8k8, cp.async, cvt, shfl.sync."""
+    found, matrices, copied = conform(dtype, device)
+    m = matrices.reshape(4, 8, 8)
+    lane = torch.arange(32)
+    for slot in range(4):
+        assert torch.equal(found[slot], bits(m[slot].reshape(32, 2)))
+        assert torch.equal(found[4 + slot], bits(m[slot].T.reshape(32, 2)))
+    assert torch.equal(found[8:13], found[[0, 1, 4, 5, 0]])
+    # registers a0..a3 hold the quarters (top, bottom) x (left, right) of A; b0 and b1 the halves of B, transposed
+    a = torch.cat([torch.cat([m[0], m[2]], 1), torch.cat([m[1], m[3]], 1)]).double()
+    c = torch.stack([1.0 * lane, *(torch.full((32,), x) for x in (2.0, -3.0, 0.5))]).double()
+    rows, columns = (
+        torch.stack([lane // 4, lane // 4, lane // 4 + 8, lane // 4 + 8]),
+        lane % 4 * 2 + torch.tensor([[0], [1], [0], [1]]),
+    )
+    first = c + (a @ torch.cat([m[0], m[1]]).double())[rows, columns]
+    second = first + (a[:, :8] @ m[2].double())[rows, columns]
+    assert torch.equal(found[13:17].view(torch.float32).double(), first)  # small integers: exact in any order
+    assert torch.equal(found[17:21].view(torch.float32).double(), second)
+    x, y = m[0].reshape(32, 2).float().unbind(1)
+    assert torch.equal(found[21:23].view(torch.float32), torch.stack([x, y]))
+    assert torch.equal(found[23], bits(torch.stack([x / 3, y * 1.0001], 1).to(dtype)))
+    assert torch.equal(found[24:26].view(torch.float32), torch.stack([x[lane ^ 1], x[lane ^ 2]]))
+    assert torch.equal(found[26], bits(copied[:256].reshape(32, 8)[:, :2]))
+    assert torch.equal(found[27], bits(torch.where(lane[:, None] % 3 == 0, copied[256:].reshape(32, 8)[:, 6:], 0)))
+    powers = torch.exp2(-0.37 * lane.double())
+    assert ((found[28].view(torch.float32) / powers - 1).abs() < 9e-5).all()
+    assert ((found[29].view(torch.float32) / powers - 1).abs() < 1e-6).all()  # PTX ISA: 2 units in the last place
+
+
+if "cuda" in DEVICES:
+
+    @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+    def test_the_shim_is_the_gpu_bit_for_bit(dtype):
+        """In all but the last slot: the hardware's power of two is an approximation of its own."""
+        assert torch.equal(conform(dtype, "cuda")[0][:29], conform(dtype, "cpu")[0][:29])
+
+    @pytest.mark.parametrize("d", TILES)
+    def test_the_same_input_gives_the_same_bits_on_a_gpu(d):
+        tensors = inputs(d, torch.float16, (1024, 1000, 2, 8), "cuda")
+        first, first_lse = run(*tensors, cuda_launch)
+        for _ in range(20):
+            found, lse = run(*tensors, cuda_launch)
+            assert all(torch.equal(x, y) for x, y in zip(found, first, strict=True))
+            assert torch.equal(lse, first_lse)

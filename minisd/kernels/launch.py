@@ -7,11 +7,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minisd.kernels.nvrtc import arch_of, compile_kernel
+from minisd.kernels.nvrtc import ATTENTION, arch_of, compile_kernel
 
 C_NAME = {torch.float16: "Half", torch.bfloat16: "Bf16"}
 
@@ -52,12 +53,13 @@ WIDE = 80  # heads wider than this keep some rows in shared memory (WIDE in atte
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the instance's C++ name, its grid, threads a block and bytes of dynamic shared memory."""
+    """One launch: the instance's C++ name, its grid, threads a block, bytes of dynamic shared memory, and its file."""
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     shared: int
+    source: Path = ATTENTION
 
 
 def forward_launch(q: Tensor, k: Tensor, tile: Tile | None = None) -> Launch:
@@ -113,7 +115,7 @@ def cuda_launch(launch: Launch, params: Params) -> None:
     """On the current CUDA device and stream. The first launch of an instance compiles it, in about half a second."""
     from cuda.bindings import driver
 
-    function = _loaded(torch.cuda.current_device(), launch.kernel, launch.shared)
+    function = _loaded(torch.cuda.current_device(), launch.kernel, launch.shared, launch.source)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     stream = torch.cuda.current_stream().cuda_stream
     threads = (launch.threads, 1, 1)
@@ -124,10 +126,10 @@ def cuda_launch(launch: Launch, params: Params) -> None:
 
 
 @functools.cache
-def _loaded(device: int, kernel: str, shared: int):
+def _loaded(device: int, kernel: str, shared: int, source: Path):
     from cuda.bindings import driver
 
-    compiled = compile_kernel(kernel, arch_of(torch.cuda.get_device_capability(device)))
+    compiled = compile_kernel(kernel, arch_of(torch.cuda.get_device_capability(device)), source)
     module = _checked(driver, driver.cuModuleLoadData(compiled.cubin), kernel)
     function = _checked(driver, driver.cuModuleGetFunction(module, compiled.symbol), kernel)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ATTENTION = HERE / "attention.cu"
 
 
 class CompilerMissing(RuntimeError):
@@ -29,15 +30,18 @@ class Compiled:
 
 
 @functools.cache
-def compile_kernel(kernel: str, arch: str) -> Compiled:
+def compile_kernel(kernel: str, arch: str, source: Path = ATTENTION) -> Compiled:
     """One instance of a kernel template, named as in C++ ("backward_dq<Half, 40, 64, 4, 1>"), for "sm_80", "sm_90a" ….
 
+    source: the file that has it; it may include any file of this folder.
     CompilerMissing without NVRTC; RuntimeError with the compiler's own words where it refuses.
     """
     nvrtc = _nvrtc()
-    source, headers = _sources(kernel)
+    headers = _headers()
     texts, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
-    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"attention.cu", len(texts), texts, names))
+    program = _checked(
+        nvrtc, nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(texts), texts, names)
+    )
     try:
         _checked(nvrtc, nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
         options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
@@ -61,9 +65,8 @@ def arch_of(capability: tuple[int, int]) -> str:
     return "sm_90a" if tuple(capability) == (9, 0) else f"sm_{capability[0]}{capability[1]}"
 
 
-def _sources(kernel: str) -> tuple[str, dict[str, str]]:
-    headers = {"device.cuh": (HERE / "device.cuh").read_text()}
-    return (HERE / "attention.cu").read_text(), headers
+def _headers() -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted([*HERE.glob("*.cu"), *HERE.glob("*.cuh")])}
 
 
 def _nvrtc():

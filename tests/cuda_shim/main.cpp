@@ -1,7 +1,7 @@
 // The C function that the Python tests call: one launch of one kernel instance, named as NVRTC names it.
 // `instances.inc` is written by the tests from the list of the host: INSTANCE(backward_dq<Half, 40, 64, 4, 1>) and so on.
 #define MINISD_CPU 1
-#include "attention.cu"
+#include "conformance.cu"
 
 extern "C" int emulate(const char* name, const Params* p, unsigned x, unsigned y, unsigned z, int threads,
                        long shared, unsigned schedule, shim::Stats* stats) {
