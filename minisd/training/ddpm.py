@@ -141,7 +141,7 @@ class DDPMRecipe:
         return {"loss": per_image((eps - noise) ** 2).mean()}
 
     def sheet(self) -> Image.Image:
-        return grid(self.model.sample(16, steps=min(50, len(self.chain)), deterministic=True))
+        return grid(self.model.sample(16, steps=min(25, len(self.chain)), deterministic=True))
 
 
 def train_ddpm(

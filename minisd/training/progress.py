@@ -86,8 +86,10 @@ def draw_curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
     names = [name for name in (lines[-1] if lines else ()) if name not in ("step", "seconds", "samples_per_second")]
     if not names:
         return
-    figure = Figure((4 * len(names), 3), dpi=100, layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure((4 * columns, 2.5 * rows), dpi=100, layout="constrained")
+    for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
         points = [(line["step"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points, strict=True), linewidth=1)
         axes.set_title(name, loc="left", fontsize=9)

@@ -37,6 +37,7 @@ class VAERecipeConfig:
         gan_weight: of the rival's verdict, relative to the gradient of the reconstruction; 0 for no rival.
         gan_start: the step at which the rival begins.
         gan_channels: the rival's width.
+        gan_layers: how often it halves a picture: its patches have about 2^(layers + 2) pixels a side.
         augmentation: how pictures are varied.
     """
 
@@ -48,6 +49,7 @@ class VAERecipeConfig:
     gan_weight: float = 0.0
     gan_start: int = 50001
     gan_channels: int = 32
+    gan_layers: int = 3
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -64,12 +66,16 @@ class VAERecipe:
     def __init__(self, pictures: Pictures, config: VAERecipeConfig):
         if pictures.size % config.vae.factor:
             raise ValueError(f"pictures of {pictures.size} px do not divide by the VAE's factor {config.vae.factor}")
+        if config.gan_weight and pictures.size < (least := 3 * 2**config.gan_layers):
+            raise ValueError(
+                f"a rival of {config.gan_layers} layers needs {least} px, the pictures have {pictures.size}"
+            )
         self.pictures, self.config = pictures, config
         with seeded("vae", config.loop.seed):
             self.vae = VAE(replace(config.vae, scale_factor=1.0))
             self.networks = nn.ModuleDict({"vae": self.vae})
             if config.gan_weight:
-                self.networks["discriminator"] = PatchDiscriminator(config.gan_channels)
+                self.networks["discriminator"] = PatchDiscriminator(config.gan_channels, config.gan_layers)
 
     def __len__(self) -> int:
         return len(self.pictures)

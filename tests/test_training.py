@@ -1,0 +1,322 @@
+"""The training loop: one result, whatever happens on the way."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_network
+from torch import nn
+from training_tiny import DDPM, LOOP, RUN, UNET, pictures, train_recipe
+
+from minisd.checkpoints.io import open_tensors
+from minisd.models.unet import Conditioning
+from minisd.training.ddpm import DDPMRecipe, train_ddpm
+from minisd.training.draws import Draws, examples
+from minisd.training.ema import EMA
+from minisd.training.loop import Diverged, LoopConfig, build_optimizer, learning_rate
+from minisd.training.parallel import ALONE, Processes
+from minisd.training.progress import read_log
+from minisd.training.state import differing
+from minisd.training.weights import recompute
+
+HERE = Path(__file__).parent
+LDM = np.load(HERE / "data" / "training_ldm.npz")
+STATE = "state.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which the tiny DDPM was trained without interruption."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_recipe("ddpm", folder)
+    return folder
+
+
+def run_script(*arguments, processes: int | None = None):
+    launcher = (
+        [] if processes is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    )
+    command = [sys.executable, *launcher, str(HERE / "training_tiny.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    file = open_tensors(folder / STATE)
+    return {name: file.read(name) for name in file}
+
+
+def bits_of(folder: Path) -> bytes:
+    return (folder / STATE).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_training_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(finished, tmp_path):
+    # in the first step, between states, in a step that was run before, while a state is written, after the last one
+    run_script("killed", tmp_path, 0, 4, 4, "rename", 7, 9)
+    assert bits_of(tmp_path) == bits_of(finished)
+    assert (tmp_path / "ddpm.safetensors").read_bytes() == (finished / "ddpm.safetensors").read_bytes()
+
+
+def test_the_log_of_a_resumed_training_has_every_line_once(finished, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe("ddpm", tmp_path)
+    monkeypatch.undo()
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "los')  # as a crash may leave it
+    train_recipe("ddpm", tmp_path)
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [2, 4, 6, 8, 10]
+    assert read_log(tmp_path / "log.jsonl")[-1]["loss"] == read_log(finished / "log.jsonl")[-1]["loss"]
+
+
+def test_a_finished_training_is_loaded_and_not_trained_on(finished, monkeypatch):
+    stop_at(monkeypatch, 0)
+    before = bits_of(finished)
+    model = train_recipe("ddpm", finished)
+    averages = tensors_of(finished)["averages.unet.conv_in.weight"]
+    assert torch.equal(model.unet.conv_in.weight, averages)
+    assert bits_of(finished) == before
+
+
+def test_a_state_of_another_config_is_refused_with_the_difference(finished):
+    config = replace(DDPM, loop=replace(LOOP, lr=2e-3, batch_size=4))
+    with pytest.raises(
+        ValueError, match=r"recipe\.loop\.batch_size was 8, is 4; recipe\.loop\.lr was 0\.001, is 0\.002"
+    ):
+        train_ddpm(pictures(), finished, config, RUN)
+
+
+def test_a_state_of_other_pictures_is_refused(finished):
+    with pytest.raises(ValueError, match='data was "discs 11 16", is "discs 12 16"'):
+        train_ddpm(pictures(12), finished, DDPM, RUN)
+
+
+def test_a_file_that_is_no_state_is_refused(finished, tmp_path):
+    (tmp_path / STATE).write_bytes((finished / "ddpm.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="no state of a training"):
+        train_recipe("ddpm", tmp_path)
+
+
+def test_a_full_disk_stops_the_training_and_costs_the_steps_since_the_last_state(finished, tmp_path, monkeypatch):
+    fill_disk_at_state(monkeypatch, 2)
+    with pytest.raises(OSError, match="No space left"):
+        train_recipe("ddpm", tmp_path)
+    monkeypatch.undo()
+    assert json.loads(open_tensors(tmp_path / STATE).metadata["minisd_training"])["step"] == 3
+    assert not list(tmp_path.glob(".*.tmp"))
+    train_recipe("ddpm", tmp_path)
+    assert bits_of(tmp_path) == bits_of(finished)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    loss = DDPMRecipe.loss
+
+    def stopping(self, chosen, draws):
+        if draws.step == step:
+            raise KeyboardInterrupt
+        return loss(self, chosen, draws)
+
+    monkeypatch.setattr(DDPMRecipe, "loss", stopping)
+
+
+def fill_disk_at_state(monkeypatch, number: int) -> None:
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(descriptor)
+        if len(synced) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("minisd.checkpoints.safe.os.fsync", fsync)
+
+
+# ---------------------------------------------------------------------------------- micro-batches and processes
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(tmp_path_factory):
+    """A folder in which torchrun trained several recipes, each into a folder of its name."""
+    folder = tmp_path_factory.mktemp("two")
+    run_script("train", folder, "ddpm", "unet", "clip", "vae", processes=2)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["ddpm", "unet", "clip", "vae"])
+def test_two_processes_give_the_weights_of_one_with_the_same_whole_batch(recipe, by_two_processes, tmp_path):
+    train_recipe(recipe, tmp_path)
+    assert_same_to_rounding(tensors_of(by_two_processes / recipe), tensors_of(tmp_path))
+
+
+def test_micro_batches_give_the_weights_of_the_whole_batch(finished, tmp_path):
+    config = replace(DDPM, loop=replace(LOOP, accumulate=4))
+    train_ddpm(pictures(), tmp_path, config, RUN)
+    assert_same_to_rounding(tensors_of(tmp_path), tensors_of(finished))
+
+
+# A bias of the keys shifts a query's scores alike and has no gradient; Adam makes whole steps of its rounding.
+ROUNDING_ALONE = ("to_k.bias", "attn_1.k.bias")
+
+
+def assert_same_to_rounding(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith(ROUNDING_ALONE):
+            continue
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused():
+    with pytest.raises(ValueError, match=r"batch_size 10 .* 2 process\(es\) × accumulate 4 .* multiple of 8"):
+        Processes(0, 2).check(10, 4)
+
+
+def test_processes_and_micro_batches_share_the_rows_of_a_batch():
+    shares = [Processes(rank, 2).rows(12, part, 3) for rank in range(2) for part in range(3)]
+    assert [row for share in shares for row in range(12)[share]] == list(range(12))
+
+
+def test_recomputing_activations_changes_no_gradient_and_no_name():
+    a, b = (deepcopy(random_network("unet", UNET)).requires_grad_(True) for _ in range(2))
+    recompute(b.slots())
+    x, context = torch.linspace(-1, 1, 2 * 4 * 64).view(2, 4, 8, 8), torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 16)
+    for unet in (a, b):
+        unet(x, 5, Conditioning(context)).square().mean().backward()
+    assert a.state_dict().keys() == b.state_dict().keys()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- divergence
+
+
+def test_a_nan_stops_the_training_and_names_the_step_and_the_first_layer(tmp_path, monkeypatch):
+    spoil_at(monkeypatch, 5, "down.0.res.conv1")
+    with pytest.raises(Diverged, match=r"ddpm diverged at step 5: .*first in the layer unet\.down\.0\.res\.conv1"):
+        train_recipe("ddpm", tmp_path)
+    state = open_tensors(tmp_path / STATE)
+    assert json.loads(state.metadata["minisd_training"])["step"] == 3
+    assert all(state[name].isfinite().all() for name in state)
+
+
+def test_an_infinite_gradient_is_named_by_its_parameter(tmp_path, monkeypatch):
+    loss = DDPMRecipe.loss
+
+    def steep(self, chosen, draws):
+        found = loss(self, chosen, draws)
+        weight = self.model.unet.conv_out.bias.sum()
+        return found | {"loss": found["loss"] + (weight - weight.detach()).abs().sqrt()}  # 0, with an infinite slope
+
+    monkeypatch.setattr(DDPMRecipe, "loss", steep)
+    with pytest.raises(Diverged, match=r"at step 0: gradient = nan, first in the gradient of unet\.conv_out\.bias"):
+        train_recipe("ddpm", tmp_path)
+
+
+def spoil_at(monkeypatch, step: int, layer: str) -> None:
+    loss = DDPMRecipe.loss
+
+    def spoiling(self, chosen, draws):
+        if draws.step == step:
+            with torch.no_grad():
+                self.model.unet.get_submodule(layer).bias[0] = float("nan")
+        return loss(self, chosen, draws)
+
+    monkeypatch.setattr(DDPMRecipe, "loss", spoiling)
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+
+
+def test_ema_follows_compvis_with_its_warm_up():
+    weights = torch.from_numpy(LDM["ema_w"])
+    network = nn.Linear(3, 2, bias=False)
+    network.weight.data.copy_(weights[0])
+    ema = EMA(network, 0.9999)
+    for n, expected in enumerate(LDM["out_ema"], start=1):
+        network.weight.data.copy_(weights[n])
+        ema.update(n)
+        torch.testing.assert_close(ema.averages["weight"], torch.from_numpy(expected), atol=1e-6, rtol=0)
+
+
+def test_averages_are_in_the_networks_for_as_long_as_they_are_applied():
+    network = nn.Linear(2, 2)
+    ema, before = EMA(network, 0.5), network.weight.detach().clone()
+    network.weight.data.add_(1)
+    with ema.applied():
+        assert torch.equal(network.weight, before)
+    assert torch.equal(network.weight, before + 1)
+
+
+def test_every_pass_over_the_data_shows_each_example_once():
+    seen = torch.cat([examples(0, step, 4, 6) for step in range(9)])
+    passes = seen.view(-1, 6)
+    assert all(sorted(order.tolist()) == list(range(6)) for order in passes)
+    assert len({tuple(order.tolist()) for order in passes}) > 1
+
+
+def test_a_row_has_the_same_numbers_in_whatever_part_it_is_computed():
+    def drawn(rows):
+        draws = Draws(3, 7, 8, rows)
+        return draws.normal(2, 3), draws.uniform(1, 2), draws.integers(50)
+
+    whole, parts = drawn(slice(0, 8)), [drawn(slice(i, i + 2)) for i in (0, 2, 4, 6)]
+    for n, numbers in enumerate(whole):
+        assert torch.equal(numbers, torch.cat([part[n] for part in parts]))
+    assert not torch.equal(Draws(3, 7, 8, slice(0, 8)).normal(2), Draws(3, 8, 8, slice(0, 8)).normal(2))
+
+
+def test_the_rate_rises_over_the_warm_up_and_falls_along_half_a_cosine():
+    config = LoopConfig(steps=110, warmup=10, lr=2.0, decay="cosine")
+    rates = [learning_rate(config, step) for step in (0, 4, 9, 10, 60, 109)]
+    assert rates == pytest.approx([0.2, 1.0, 2.0, 2.0, 1.0, 2 * 0.5 * (1 + np.cos(np.pi * 0.99))], abs=1e-12)
+    assert learning_rate(replace(config, decay="constant"), 109) == 2.0
+
+
+def test_weight_decay_shrinks_matrices_only():
+    networks = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Embedding(4, 2), "c": nn.GroupNorm(1, 2)})
+    shrunk, others = build_optimizer(networks, LoopConfig(weight_decay=0.1)).param_groups
+    assert [p.shape for p in shrunk["params"]] == [(3, 2)]
+    assert (shrunk["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(others["params"]) == 4
+
+
+def test_training_leaves_the_global_random_state_alone(tmp_path):
+    before = torch.get_rng_state()
+    train_recipe("ddpm", tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_folder_tells_what_was_trained(finished):
+    assert json.loads((finished / "config.json").read_text())["recipe"] == json.loads(json.dumps(asdict(DDPM)))
+    assert {p.name for p in finished.iterdir()} == {
+        "config.json", "curves.png", "ddpm.safetensors", "log.jsonl", "samples-0000010.png", STATE
+    }  # fmt: skip
+
+
+def test_without_matplotlib_the_curves_are_missing_and_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match="no curves are drawn: they need matplotlib"):
+        train_recipe("ddpm", tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+    assert (tmp_path / "samples-0000010.png").exists()
+
+
+def test_differences_are_named_by_their_path():
+    old, new = {"a": {"b": 1, "c": [1, 2]}, "d": "x"}, {"a": {"b": 2, "c": [1, 2]}, "e": 0.5}
+    assert differing(old, new) == ["a.b was 1, is 2", 'd was "x", is absent', "e was absent, is 0.5"]
+
+
+def test_alone_is_a_group_of_one():
+    x = torch.ones(2, 3, requires_grad=True)
+    assert ALONE.gather(x) is x
+    assert ALONE.is_first
