@@ -378,14 +378,21 @@ def test_ctrl_c_leaves_whole_pictures_and_says_how_many(minisd, models):
     command = [sys.executable, "-m", "minisd", *tokens, "--checkpoint", str(models / "sd1.safetensors")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        # a job in the background (`pytest &`) ignores Ctrl-C, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         for _ in range(3):
             assert process.stdout.readline().startswith("many")
         time.sleep(0.05)  # somewhere in the next picture
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     made = pngs("many")
