@@ -189,20 +189,28 @@ def load(
     weights: Literal["raw", "ema"] = "raw",
     prediction: Prediction | None = None,
     vae: str | os.PathLike | None = None,
+    config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> StableDiffusion:
     """Load a model from a single file (.safetensors, .ckpt) or a diffusers folder; detected by content.
 
     path: None is the mini model. weights: "ema" takes the separate EMA copy of a full training file. prediction: what
-    the U-Net's output means, where the file does not tell. vae: a file or folder whose VAE is taken instead. dtype:
-    None keeps the file's, but float16 on a CPU becomes float32, which is announced. Nothing is fetched, and no code in
-    a file is run.
+    the U-Net's output means, where the file does not tell. vae: a file or folder whose VAE is taken instead. config:
+    what the model is, for shapes that no official model has. dtype: None keeps the file's, but float16 on a CPU becomes
+    float32, which is announced. Nothing is fetched, and no code in a file is run.
     """
-    if path is None:
-        path = mini_model()
-    cast = _cast(dtype, device, path)
-    checkpoint = load_checkpoint(path, weights=weights, prediction=prediction, vae=vae, cast=cast, device=device)
+    path, promoted = mini_model() if path is None else path, set()
+    checkpoint = load_checkpoint(
+        path,
+        weights=weights,
+        prediction=prediction,
+        vae=vae,
+        config=config,
+        cast=_cast(dtype, device, promoted),
+        device=device,
+    )
+    _announce(promoted, path)
     return StableDiffusion(checkpoint)
 
 
@@ -210,7 +218,10 @@ def load_controlnet(
     path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> ControlNet:
     """A ControlNet 1.0 or 1.1 from a file or folder in either layout: control(x_t, t, cond, hint) → residuals."""
-    return load_network(path, "control", cast=_cast(dtype, device, path), device=device)
+    promoted: set[torch.dtype] = set()
+    control = load_network(path, "control", cast=_cast(dtype, device, promoted), device=device)
+    _announce(promoted, path)
+    return control
 
 
 def mini_model() -> Path:
@@ -232,20 +243,23 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
     return Schedule(zero_terminal_snr(betas) if config.zero_terminal_snr else betas, config.final_alpha_cumprod)
 
 
-def _cast(dtype: torch.dtype | None, device: str | torch.device, path):
-    """The dtype to load for each dtype of the file."""
-    if dtype is not None:
-        return lambda _: dtype
-    if torch.device(device).type != "cpu":
-        return lambda stored: stored
-    announced = []
+def _cast(
+    dtype: torch.dtype | None, device: str | torch.device, promoted: set[torch.dtype]
+) -> Callable[[torch.dtype], torch.dtype]:
+    """The dtype to load for each dtype of the file; notes in `promoted` those that nobody asked to change."""
 
     def cast(stored: torch.dtype) -> torch.dtype:
-        if stored == torch.float16 and not announced:
-            announced.append(stored)
-            warnings.warn(
-                f"{path} holds float16, which a CPU is slow at: loaded as float32 (dtype= decides)", stacklevel=6
-            )
-        return torch.float32 if stored == torch.float16 else stored
+        if dtype is not None:
+            return dtype
+        if stored == torch.float16 and torch.device(device).type == "cpu":
+            promoted.add(stored)
+            return torch.float32
+        return stored
 
     return cast
+
+
+def _announce(promoted: set[torch.dtype], path: str | os.PathLike) -> None:
+    if promoted:
+        text = f"{path} holds float16, which a CPU is slow at: loaded as float32 (dtype= decides)"
+        warnings.warn(text, stacklevel=3)

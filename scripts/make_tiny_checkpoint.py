@@ -1,4 +1,4 @@
-"""Write tests/data/tiny.safetensors: an untrained model of 1.2 million parameters, whole in every part.
+"""Write tests/data/tiny.safetensors: an untrained model of 0.9 million parameters, whole in every part.
 
 It draws nothing but coloured noise. Tests and the README's examples run on it, in the official layout and in float16.
 
@@ -22,11 +22,11 @@ TINY = ModelConfig(
         num_res_blocks=1,
         attention_levels=(0, 1),
         num_heads=2,
-        context_dim=16,
+        context_dim=8,
         norm_groups=8,
     ),
     vae=VAEConfig(channels=16, channel_mult=(1, 1, 2, 2), num_res_blocks=1, norm_groups=8),
-    text=CLIPTextConfig(width=16, layers=2, heads=2, mlp_width=64),
+    text=CLIPTextConfig(width=8, layers=2, heads=2, mlp_width=32),
     image_size=64,
 )
 
