@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from minisd.kernels import hopper
 from minisd.kernels import launch as host
 from minisd.kernels.launch import Launch, Params
 
@@ -57,6 +58,7 @@ def instances(width: int, dtype: torch.dtype) -> list[str]:
     q = torch.empty(1, 1, 1, width, dtype=dtype, device="meta")
     many = torch.empty(1, 1000, 1, width, dtype=dtype, device="meta")
     launches = [host.forward_launch(q, q), host.forward_launch(q, many), *host.backward_launches(q, q)]
+    launches.append(hopper.hopper_launch(q, q))
     if width == 40:
         launches.append(host.forward_launch(q, many, replace(tiles.forward, poly=4)))
     return [launch.kernel for launch in launches]
@@ -69,9 +71,14 @@ def instances_beside(kernel: str) -> tuple[str, ...]:
     return next((group for group in groups if kernel in group), (kernel,))
 
 
+def _entry(name: str) -> str:
+    of_hopper = name.startswith("forward_sm90<")
+    return f"HOPPER({name[len('forward_sm90<') : -1]})" if of_hopper else f"INSTANCE({name})"
+
+
 @functools.cache
 def library(kernels: Path, *names: str) -> ctypes.CDLL:
-    table = "\n".join(f"INSTANCE({name})" for name in names)
+    table = "\n".join(map(_entry, names))
     files = sorted([*SHIM.iterdir(), *kernels.glob("*.cu"), *kernels.glob("*.cuh")])
     key = hashlib.sha256(repr([COMMAND, table, *((f.name, f.read_bytes()) for f in files)]).encode()).hexdigest()[:20]
     built = Path(tempfile.gettempdir(), "minisd-emulator", f"{key}.so")

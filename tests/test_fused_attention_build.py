@@ -11,7 +11,7 @@ from minisd.kernels.launch import TILES, backward_launches, forward_launch
 from minisd.kernels.nvrtc import arch_of, compile_kernel
 
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a block may take: sm_86, sm_89 and sm_120
-KERNEL_NAMES = [name for d in TILES for name in instances(d, torch.float16)]
+KERNEL_NAMES = [name for d in TILES for name in instances(d, torch.float16) if "sm90" not in name]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

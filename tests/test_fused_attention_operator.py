@@ -21,7 +21,7 @@ def on_cpu(monkeypatch):
     library = torch.library.Library("minisd", "IMPL")
     library.impl("attention_forward", partial(fused.forward, launcher=Emulator()), "CPU")
     library.impl("attention_backward", partial(fused.backward, launcher=Emulator()), "CPU")
-    monkeypatch.setattr(fused, "why_not_fused", lambda *inputs: None)
+    monkeypatch.setattr(fused, "why_not_fused", lambda *inputs, **options: None)
     yield
     library._destroy()
 
@@ -36,9 +36,10 @@ def gradients_of(f, inputs):
     return out.detach(), torch.autograd.grad((out * out.detach()).sum(), inputs)
 
 
-def test_autograd_runs_through_the_kernels(on_cpu):
+@pytest.mark.parametrize("impl", ["fused", "hopper"])
+def test_autograd_runs_through_the_kernels(impl, on_cpu):
     inputs = tensors()
-    out, found = gradients_of(partial(attention, impl="fused"), inputs)
+    out, found = gradients_of(partial(attention, impl=impl), inputs)
     expected_out, expected = gradients_of(
         partial(attention, impl="naive"), [x.detach().double().requires_grad_() for x in inputs]
     )
@@ -50,8 +51,8 @@ def test_autograd_runs_through_the_kernels(on_cpu):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_both_operators_pass_torchs_own_checks(on_cpu):
     q, k, v = tensors()
-    torch.library.opcheck(torch.ops.minisd.attention_forward.default, (q, k, v, 0.2))
-    o, lse = torch.ops.minisd.attention_forward(q, k, v, 0.2)
+    torch.library.opcheck(torch.ops.minisd.attention_forward.default, (q, k, v, 0.2, False))
+    o, lse = torch.ops.minisd.attention_forward(q, k, v, 0.2, False)
     saved = [x.detach() for x in (torch.ones_like(o), q, k, v, o, lse)]
     torch.library.opcheck(torch.ops.minisd.attention_backward.default, (*saved, 0.2))
 
@@ -71,14 +72,14 @@ def test_a_layer_compiles_without_a_break_and_to_the_same_bits(impl, on_cpu):
 def test_shapes_are_known_without_a_gpu():
     with FakeTensorMode():
         q, k, v = (torch.empty(2, n, 8, 40, dtype=torch.float16, device="cuda") for n in (9, 7, 7))
-        o, lse = torch.ops.minisd.attention_forward(q, k, v, 0.2)
+        o, lse = torch.ops.minisd.attention_forward(q, k, v, 0.2, False)
         gradients = torch.ops.minisd.attention_backward(o, q, k, v, o, lse, 0.2)
     assert (o.shape, o.dtype, o.device.type) == (q.shape, q.dtype, "cuda")
     assert (lse.shape, lse.dtype) == ((2, 8, 9), torch.float32)
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
 
 
-@pytest.mark.parametrize("impl", ["fused", "auto"])
+@pytest.mark.parametrize("impl", ["fused", "hopper", "auto"])
 def test_tensors_of_a_gpu_are_traced_without_a_break_and_without_a_gpu(impl, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -147,6 +148,14 @@ def test_an_old_gpu_is_refused_by_its_name(monkeypatch):
     assert reason == "needs compute capability 8.0 (Ampere) or newer, and Tesla T4 has 7.5"
 
 
+def test_the_hopper_kernel_says_which_gpu_it_wants(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "B200")
+    reason = fused.why_not_fused(*[OnGPU()] * 3, False, 0.1, hopper=True)
+    assert reason == "needs compute capability 9.0 (Hopper), and B200 has 10.0"
+    assert fused.why_not_fused(*[OnGPU()] * 3, False, 0.1) is None
+
+
 def test_fused_on_a_cpu_says_what_to_use_instead():
     q, k, v = tensors()
     with pytest.raises(ValueError, match="impl='fused' runs on CUDA GPUs, and the tensors are on cpu: use impl='sdpa'"):
@@ -171,10 +180,10 @@ def test_kernels_that_fail_their_check_are_replaced_loudly(happens, words, monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a new GPU")
     fused.trusted.cache_clear()
     with pytest.warns(RuntimeWarning, match=f"(?s){words}.* on a new GPU: the plain form runs instead"):
-        assert not fused.trusted(0, 40, torch.float16, False)
+        assert not fused.trusted(0, 40, torch.float16, "forward")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not fused.trusted(0, 40, torch.float16, False)  # said once
+        assert not fused.trusted(0, 40, torch.float16, "forward")  # said once
     fused.trusted.cache_clear()
 
 
@@ -213,7 +222,7 @@ def test_the_check_notices_kernels_that_are_wrong(wrong):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "forward", spoiled)
-        error = fused.self_check(torch.device("cpu"), 40, torch.float16, False, launcher)
+        error = fused.self_check(torch.device("cpu"), 40, torch.float16, "forward", launcher)
     assert broken
     assert error > fused.TOLERANCE[torch.float16]
 

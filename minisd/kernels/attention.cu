@@ -13,6 +13,7 @@
 // Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, mma.m16n8k16): a 16x8 fp32 accumulator c holds the columns
 // 2t, 2t + 1 of row g (c[0], c[1]) and of row g + 8 (c[2], c[3]); two neighbouring accumulators, packed to 16 bits, are
 // exactly the A operand of the next product, so P never leaves the registers.
+#pragma once
 #include "device.cuh"
 
 struct View {  // a tensor [batch, tokens, heads, d]; strides in elements, that of d is 1

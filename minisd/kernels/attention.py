@@ -18,9 +18,10 @@ def attention(
 
     q: 'b n i d'; k, v: 'b m i d', all of one floating dtype, which is the result's too. Returns 'b n i d'. Scores and
     softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
-    impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, takes fp16 and bf16 on a GPU, and
-    no causal mask. "auto" is PyTorch's own, except for the GPUs and shapes where another was measured to be quicker.
-    ValueError for an unknown impl, shapes that do not fit, and where "fused" cannot run.
+    impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, and "hopper", with a forward for
+    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask. "auto" is PyTorch's own, except for the GPUs
+    and shapes where another was measured to be quicker. ValueError for an unknown impl, shapes that do not fit, and
+    where these cannot run.
     """
     check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -78,6 +79,11 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tenso
     return fused_attention(q, k, v, causal, scale)[0]
 
 
+def _hopper(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """The same with the forward for Hopper GPUs (attention_sm90.cu)."""
+    return fused_attention(q, k, v, causal, scale, hopper=True)[0]
+
+
 def _future(scores: Tensor) -> Tensor:
     return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
@@ -86,4 +92,4 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-IMPLEMENTATIONS = {"naive": _naive, "matmul": _matmul, "sdpa": _sdpa, "fused": _fused}
+IMPLEMENTATIONS = {"naive": _naive, "matmul": _matmul, "sdpa": _sdpa, "fused": _fused, "hopper": _hopper}

@@ -22,7 +22,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     (b, n, i, d), m = q.shape, k.shape[1]
     quickest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)
-    return "sdpa" if quickest == "fused" and why_not_fused(q, k, v, causal, scale) else quickest
+    ours = quickest in ("fused", "hopper")
+    return "sdpa" if ours and why_not_fused(q, k, v, causal, scale, hopper=quickest == "hopper") else quickest
 
 
 def _measured(device: int, dtype: str, heads: int, n: int, m: int, d: int, training: bool) -> str:

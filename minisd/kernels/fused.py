@@ -1,9 +1,10 @@
 """Attention by this package's own CUDA kernels, as operators that autograd and torch.compile know.
 
-`minisd::attention_forward(q, k, v, scale) -> (o, lse)` and `minisd::attention_backward(dout, q, k, v, o, lse, scale) ->
-(dq, dk, dv)`; lse 'b i n' is the log2 of the sum of 2^(score · log2 e). Both are deterministic. On the first use of a
-head width and dtype on a GPU they are compared with the plain form, and where they differ, or cannot be compiled, a
-RuntimeWarning says so and the plain form answers from then on.
+`minisd::attention_forward(q, k, v, scale, hopper) -> (o, lse)` and
+`minisd::attention_backward(dout, q, k, v, o, lse, scale) -> (dq, dk, dv)`; lse 'b i n' is the log2 of the sum of
+2^(score · log2 e). Both are deterministic. On the first use of a head width and dtype on a GPU they are compared with
+the plain form, and where they differ, or cannot be compiled, a RuntimeWarning says so and the plain form answers from
+then on.
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ import warnings
 import torch
 from torch import Tensor
 
+from minisd.kernels.hopper import cuda_hopper_launch, hopper_launch
 from minisd.kernels.launch import C_NAME, TILES, Launcher, Params, backward_launches, cuda_launch, forward_launch
 
 # Relative L2 distance from the plain form that rounding alone explains, with room: the results are rounded once, and
 # the probabilities and their gradients once more before the second product.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+KERNELS = {"forward": cuda_launch, "hopper": cuda_hopper_launch, "backward": cuda_launch}
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scale) v 'b n i d' and its lse 'b i n'. ValueError says why where `why_not_fused` does."""
-    if reason := why_not_fused(q, k, v, causal, scale):
-        raise ValueError(f"impl='fused' {reason}: use impl='sdpa', or 'auto', which picks what can run")
-    return torch.ops.minisd.attention_forward(q, k, v, scale)
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *, hopper: bool = False
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scale) v 'b n i d' and its lse 'b i n'. ValueError says why where `why_not_fused` does.
+
+    hopper: the forward of attention_sm90.cu, which only GPUs of compute capability 9.0 run; its gradients are the same.
+    """
+    if reason := why_not_fused(q, k, v, causal, scale, hopper=hopper):
+        name = "hopper" if hopper else "fused"
+        raise ValueError(f"impl={name!r} {reason}: use impl='sdpa', or 'auto', which picks what can run")
+    return torch.ops.minisd.attention_forward(q, k, v, scale, hopper)
 
 
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
+def why_not_fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, *, hopper: bool = False) -> str | None:
     """Why the kernels cannot take this, as the rest of a sentence, or None where they can."""
     if q.device.type != "cuda" or torch.version.cuda is None:
         return f"runs on CUDA GPUs, and the tensors are on {q.device}"
@@ -45,27 +54,29 @@ def why_not_fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
         return f"takes 1 to 65535 images and heads and at least one token, got {tuple(q.shape)} and {tuple(k.shape)}"
     if not 0 < scale < math.inf:
         return f"takes a positive scale, got {scale}"
-    return _too_old(q.device.index or 0)
+    return _wrong_gpu(q.device.index or 0, hopper)
 
 
-def _too_old(device: int) -> str | None:
+def _wrong_gpu(device: int, hopper: bool) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    if major >= 8:
+    if (major, minor) == (9, 0) if hopper else major >= 8:
         return None
-    gpu = torch.cuda.get_device_name(device)
-    return f"needs compute capability 8.0 (Ampere) or newer, and {gpu} has {major}.{minor}"
+    needed = "9.0 (Hopper)" if hopper else "8.0 (Ampere) or newer"
+    return f"needs compute capability {needed}, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
 
 
 # For torch.compile, which cannot look into the driver. This is what
 # torch.compiler.assume_constant_result sets, without its import of the whole compiler, which takes two seconds.
-_too_old._dynamo_marked_constant = True
+_wrong_gpu._dynamo_marked_constant = True
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, launcher: Launcher) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hopper: bool = False, *, launcher: Launcher
+) -> tuple[Tensor, Tensor]:
     """The forward operator by a launcher: the GPU's, or the one with which the tests run the kernels on a CPU."""
     q, k, v = map(_readable, (q, k, v))
-    o, lse = _forward_shapes(q, k, v, scale)
-    launcher(forward_launch(q, k), Params.of(scale, lse, q=q, k=k, v=v, o=o))
+    o, lse = _forward_shapes(q, k, v, scale, hopper)
+    launcher((hopper_launch if hopper else forward_launch)(q, k), Params.of(scale, lse, q=q, k=k, v=v, o=o))
     return o, lse
 
 
@@ -91,7 +102,7 @@ def _readable(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- the form to compare with
 
 
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, hopper: bool = False) -> tuple[Tensor, Tensor]:
     """The forward operator in PyTorch, in float32 or wider: all n · m scores written out."""
     q, k, v, dtype = *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)), q.dtype
     s = torch.einsum("b n i d, b m i d -> b i n m", q, k) * scale
@@ -116,18 +127,18 @@ def plain_backward(
 
 
 @functools.cache
-def trusted(device: int, width: int, dtype: torch.dtype, gradients: bool) -> bool:
-    """Do the kernels of this width and dtype run on this GPU, and agree with the plain form? Warns where not."""
+def trusted(device: int, width: int, dtype: torch.dtype, kernel: str) -> bool:
+    """Does this one of KERNELS run on this GPU, and agree with the plain form? Warns where not."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention's kernels are compiled and checked at their first use: run once before capturing")
     try:
-        error = self_check(torch.device("cuda", device), width, dtype, gradients, cuda_launch)
+        error = self_check(torch.device("cuda", device), width, dtype, kernel, KERNELS[kernel])
         failed = None if error < TOLERANCE[dtype] else f"differ from the plain form by {error:.1e}, relatively"
     except (RuntimeError, ImportError) as problem:  # no compiler, or one that refuses; no driver binding
         failed = f"cannot be run ({problem})"
     if failed:
         warnings.warn(
-            f"minisd's attention kernels for {C_NAME[dtype]}, width {width}, {failed} on "
+            f"minisd's attention kernels ({kernel}) for {C_NAME[dtype]}, width {width}, {failed} on "
             f"{torch.cuda.get_device_name(device)}: the plain form runs instead, which is slower",
             RuntimeWarning,
             stacklevel=2,
@@ -135,7 +146,7 @@ def trusted(device: int, width: int, dtype: torch.dtype, gradients: bool) -> boo
     return failed is None
 
 
-def self_check(device: torch.device, width: int, dtype: torch.dtype, gradients: bool, launcher: Launcher) -> float:
+def self_check(device: torch.device, width: int, dtype: torch.dtype, kernel: str, launcher: Launcher) -> float:
     """The largest relative distance of the kernels from the plain form, on one tile of keys and on several."""
     generator, scale, worst = torch.Generator().manual_seed(0), width**-0.5, 0.0
     for n, m in ((50, 77), (80, 150)):
@@ -143,11 +154,11 @@ def self_check(device: torch.device, width: int, dtype: torch.dtype, gradients: 
             torch.randn(1, tokens, 2, width, generator=generator).to(device, dtype) for tokens in (n, m, m, n)
         )
         o, lse = plain_forward(q, k, v, scale)
-        if gradients:
+        if kernel == "backward":
             found = backward(dout, q, k, v, o, lse, scale, launcher=launcher)
             expected = plain_backward(dout, q, k, v, o, lse, scale)
         else:
-            found, expected = forward(q, k, v, scale, launcher=launcher), (o, lse)
+            found, expected = forward(q, k, v, scale, kernel == "hopper", launcher=launcher), (o, lse)
         for x, y in zip(found, expected, strict=True):
             error = (torch.linalg.vector_norm(x.float() - y.float()) / torch.linalg.vector_norm(y.float())).item()
             worst = max(worst, error) if error == error else math.inf  # NaN is as far as can be
@@ -157,7 +168,7 @@ def self_check(device: torch.device, width: int, dtype: torch.dtype, gradients: 
 # ---------------------------------------------------------------------------------------------------------- operators
 
 
-def _forward_shapes(q, k, v, scale):
+def _forward_shapes(q, k, v, scale, hopper):
     b, n, i, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((b, i, n), dtype=torch.float32)
 
@@ -166,35 +177,40 @@ def _backward_shapes(dout, q, k, v, o, lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _on_gpu(kernel, plain, gradients: bool):
-    def run(*arguments):
-        x = arguments[0]
-        with torch.cuda.device(x.device):
-            if trusted(x.device.index, x.shape[-1], x.dtype, gradients):
-                return kernel(*arguments, launcher=cuda_launch)
-            return plain(*arguments)
+def _forward_on_gpu(q, k, v, scale, hopper):
+    return _on_gpu("hopper" if hopper else "forward", forward, plain_forward, (q, k, v, scale, hopper))
 
-    return run
+
+def _backward_on_gpu(*arguments):
+    return _on_gpu("backward", backward, plain_backward, arguments)
+
+
+def _on_gpu(kernel: str, function, plain, arguments: tuple):
+    x = arguments[0]
+    with torch.cuda.device(x.device):
+        if trusted(x.device.index, x.shape[-1], x.dtype, kernel):
+            return function(*arguments, launcher=KERNELS[kernel])
+        return plain(*arguments)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, dout, _):
-    return *torch.ops.minisd.attention_backward(dout, *ctx.saved_tensors, ctx.scale), None
+    return *torch.ops.minisd.attention_backward(dout, *ctx.saved_tensors, ctx.scale), None, None
 
 
 _LIBRARY = torch.library.Library("minisd", "DEF")
-_LIBRARY.define("attention_forward(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+_LIBRARY.define("attention_forward(Tensor q, Tensor k, Tensor v, float scale, bool hopper) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.impl("attention_forward", _on_gpu(forward, plain_forward, gradients=False), "CUDA")
-_LIBRARY.impl("attention_backward", _on_gpu(backward, plain_backward, gradients=True), "CUDA")
+_LIBRARY.impl("attention_forward", _forward_on_gpu, "CUDA")
+_LIBRARY.impl("attention_backward", _backward_on_gpu, "CUDA")
 torch.library.register_fake("minisd::attention_forward", _forward_shapes, lib=_LIBRARY)
 torch.library.register_fake("minisd::attention_backward", _backward_shapes, lib=_LIBRARY)
 torch.library.register_autograd("minisd::attention_forward", _gradients, setup_context=_save, lib=_LIBRARY)

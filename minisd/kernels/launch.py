@@ -108,10 +108,10 @@ class Params(ctypes.Structure):
         return cls(**views, **pointers, nq=nq, nk=nk, scale=scale, scale_log2=scale * math.log2(math.e))
 
 
-Launcher = Callable[[Launch, Params], None]
+Launcher = Callable[[Launch, ctypes.Structure], None]
 
 
-def cuda_launch(launch: Launch, params: Params) -> None:
+def cuda_launch(launch: Launch, params: ctypes.Structure) -> None:
     """On the current CUDA device and stream. The first launch of an instance compiles it, in about half a second."""
     from cuda.bindings import driver
 
@@ -122,7 +122,7 @@ def cuda_launch(launch: Launch, params: Params) -> None:
     result = driver.cuLaunchKernel(
         function, *launch.grid, *threads, launch.shared, stream, ctypes.addressof(arguments), 0
     )
-    _checked(driver, result, launch.kernel)
+    checked(driver, result, launch.kernel)
 
 
 @functools.cache
@@ -130,14 +130,15 @@ def _loaded(device: int, kernel: str, shared: int, source: Path):
     from cuda.bindings import driver
 
     compiled = compile_kernel(kernel, arch_of(torch.cuda.get_device_capability(device)), source)
-    module = _checked(driver, driver.cuModuleLoadData(compiled.cubin), kernel)
-    function = _checked(driver, driver.cuModuleGetFunction(module, compiled.symbol), kernel)
+    module = checked(driver, driver.cuModuleLoadData(compiled.cubin), kernel)
+    function = checked(driver, driver.cuModuleGetFunction(module, compiled.symbol), kernel)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver, driver.cuFuncSetAttribute(function, attribute, shared), kernel)
+    checked(driver, driver.cuFuncSetAttribute(function, attribute, shared), kernel)
     return function
 
 
-def _checked(driver, result: tuple, kernel: str):
+def checked(driver, result: tuple, kernel: str):
+    """What a call of the driver returned; RuntimeError with the driver's own words where it failed."""
     if int(result[0]):
         raise RuntimeError(f"CUDA: {driver.cuGetErrorString(result[0])[1].decode()}, for the kernel {kernel}")
     return result[1] if len(result) == 2 else None

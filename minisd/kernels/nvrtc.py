@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from minisd.kernels import ptx_sm90
+
 HERE = Path(__file__).parent
 ATTENTION = HERE / "attention.cu"
 
@@ -66,7 +68,8 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 
 def _headers() -> dict[str, str]:
-    return {file.name: file.read_text() for file in sorted([*HERE.glob("*.cu"), *HERE.glob("*.cuh")])}
+    files = sorted([*HERE.glob("*.cu"), *HERE.glob("*.cuh")])
+    return {"device_sm90.cuh": ptx_sm90.text(), **{file.name: file.read_text() for file in files}}
 
 
 def _nvrtc():

@@ -29,8 +29,8 @@ def attention_with_lse(
     check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     impl = choose(q, k, v, False, scale) if impl == "auto" else impl
-    if impl == "fused":
-        out, lse = fused_attention(q, k, v, False, scale)
+    if impl in ("fused", "hopper"):
+        out, lse = fused_attention(q, k, v, False, scale, hopper=impl == "hopper")
         return out, lse * math.log(2)
     with torch.no_grad():
         lse = torch.cat([_scores(part, k, scale).logsumexp(-1) for part in q.split(256, dim=1)], dim=-1)
