@@ -16,7 +16,7 @@ from tiny import random_network
 from torch import nn
 from training_tiny import DDPM, LOOP, RUN, UNET, pictures, train_recipe
 
-from minisd.checkpoints.io import open_tensors
+from minisd.checkpoints.files import open_tensors
 from minisd.models.unet import Conditioning
 from minisd.training.ddpm import DDPMRecipe, train_ddpm
 from minisd.training.draws import Draws, examples
@@ -139,7 +139,7 @@ def fill_disk_at_state(monkeypatch, number: int) -> None:
         if len(synced) == number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minisd.checkpoints.safe.os.fsync", fsync)
+    monkeypatch.setattr("minisd.checkpoints.files.safe.os.fsync", fsync)
 
 
 # ---------------------------------------------------------------------------------- micro-batches and processes

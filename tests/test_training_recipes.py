@@ -1,7 +1,8 @@
 """The recipes: their losses as formulas, and tiny trainings that learn."""
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from training_tiny import DDPM, LOOP, MINI, MODEL, RUN, frozen_networks, pictures, train_recipe
 
 import minisd
-from minisd.config import ScheduleConfig, VAEConfig
+from minisd.config import ScheduleConfig, VAEConfig, from_dict
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.vae import VAE, DiagonalGaussian
 from minisd.pipeline import build_schedule
@@ -400,3 +401,8 @@ def test_the_plan_of_the_mini_model_fits_forty_megabytes_without_the_unused_rows
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
     assert sizes[1] <= 6e6
     assert 2 * sum(sizes) <= 40e6
+
+
+@pytest.mark.parametrize("config", [mini_config(), mini_config(gpu=True), DDPM])
+def test_a_recipe_can_be_written_down_as_json_and_read_back(config):
+    assert from_dict(type(config), json.loads(json.dumps(asdict(config)))) == config

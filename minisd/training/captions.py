@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-WAYS = 8  # captions of one drawing; the first is the plainest
+WAYS = 6  # captions of one drawing at most; the first is the plainest
 STYLE_DROPPED = 0.2  # so that a prompt without a style has a meaning, too
 
 
@@ -25,7 +25,7 @@ def compose(record: Mapping, ways: int = WAYS) -> tuple[str, ...]:
         chosen = chance.sample(tags, min(len(tags), chance.randrange(4)))
         parts = [subject, *chosen] if chance.random() < STYLE_DROPPED else [subject, *chosen, named]
         captions.append(", ".join(parts))
-    return tuple(captions)
+    return tuple(dict.fromkeys(captions))
 
 
 def with_article(label: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minisd.checkpoints.io import CheckpointError, open_tensors, save_safetensors
+from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
 from minisd.config import ScheduleConfig, UNetConfig, from_dict
 from minisd.diffusion.gaussian import Chain, from_network, per_image
 from minisd.diffusion.losses import hybrid_loss

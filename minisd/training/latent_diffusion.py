@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minisd.checkpoints.io import open_tensors, save_safetensors
+from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.checkpoints.load import Checkpoint
 from minisd.config import ModelConfig, Settings
 from minisd.diffusion.gaussian import per_image

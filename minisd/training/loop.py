@@ -214,8 +214,8 @@ def _divergence(recipe: Recipe, values: dict[str, Tensor], step: int, again: lis
     bad = ", ".join(f"{name} = {value.item()}" for name, value in values.items() if not value.isfinite())
     kept = f"the state in {state} is the last good one" if state.exists() else "no state had been saved before"
     return (
-        f"{recipe.name} diverged at step {step}: {bad}, first in {_culprit(recipe, again)}; {kept}. Lower the learning "
-        'rate, lengthen the warm-up, or set precision to "float32"'
+        f"{recipe.name} diverged at step {step}: {bad}, first in {_culprit(recipe, again)}; {kept}. Train into another "
+        'folder with a lower learning rate, a longer warm-up, or precision "float32"'
     )
 
 

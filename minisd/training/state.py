@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisd.checkpoints.io import CheckpointError, open_tensors, save_safetensors
+from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
 from minisd.training.ema import EMA
 
 KEY = "minisd_training"  # in the metadata: the step, and the settings that made the state
