@@ -1,5 +1,6 @@
 """Would the tests notice? Every planted bug of the kernels has to change a result, to abort, or to be counted."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -59,42 +60,73 @@ MUTANTS = {  # name: (what is written, what it becomes)
     "the head's stride for the batch": ("data + b * batch + h * head", "data + b * head + h * head"),
 }
 
+SCORES = "            wgmma_wait<1>();  // the scores are there, P V is still running\n"
+K_FREE = "            if (leader) mbar_arrive(kfree + 8 * st);\n"
+OUTPUT = "            wgmma_wait<0>();\n"
+V_FREE = "            if (leader) mbar_arrive(vfree + 8 * before);\n"
+# K freed before it was read is not among them: the producer's order K_j, V_j, K_(j+1) makes it wait for a later V.
+HOPPER_MUTANTS = {
+    "offsets of V's descriptor swapped": (
+        "descriptor(v + n * 512, N * 32, 256)",
+        "descriptor(v + n * 512, 256, N * 32)",
+    ),
+    "V freed early": (OUTPUT + V_FREE, V_FREE + OUTPUT),
+    "scores read early": (SCORES, SCORES.replace("<1>", "<2>")),
+    "output read early": (OUTPUT + V_FREE, V_FREE),
+    "V not waited for": ("            mbar_wait(vfull + 8 * before, (j - 1) / STAGES & 1);\n", ""),
+    "another phase": ("mbar_wait(kfree + 8 * st, (round & 1) ^ 1);", "mbar_wait(kfree + 8 * st, round & 1);"),
+    "another count": ("mbar_init(kfree + 8 * i, WGS)", "mbar_init(kfree + 8 * i, 1)"),
+    "other bytes": ("mbar_expect(vfull + 8 * st, KBYTES);", "mbar_expect(vfull + 8 * st, KBYTES - 32);"),
+    "output not rescaled": ("o[c][i] *= alpha[i / 2];", ";"),
+    "no mask": ("s[0][n][i] = -INF;", ";"),
+    "base not aligned": ("(smem_ptr(raw) + 1023) & ~1023u", "smem_ptr(raw)"),
+    "queries stored past the end": ("            if (row < p.nq) {", "            {"),
+}
+
+
+# A few widths and one dtype see every line: 40 ends in half a step, 160 keeps rows in shared memory.
+PORTABLE = ("attention.cu", "test_fused_attention.py", "(40 or 160 or view or conflicts) and not bfloat16 or order")
+HOPPER = (
+    "attention_sm90.cu",
+    "test_fused_attention_hopper.py",
+    "(40 or 80 or order) and not bfloat16 and not compiles",
+)
+
+
+@pytest.mark.parametrize("kernels", [PORTABLE, HOPPER], ids=["portable", "hopper"])
+def test_the_kernels_as_they_are_pass(kernels, tmp_path):
+    done = run_with("", "", *kernels, tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:]
+
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_caught(name, tmp_path):
-    old, new = MUTANTS[name]
+    assert_caught(run_with(*MUTANTS[name], *PORTABLE, tmp_path))
+
+
+@pytest.mark.parametrize("name", HOPPER_MUTANTS)
+def test_a_bug_planted_in_the_hopper_kernel_is_caught(name, tmp_path):
+    assert_caught(run_with(*HOPPER_MUTANTS[name], *HOPPER, tmp_path))
+
+
+def assert_caught(done):
+    """By a failed test (1), or by the shim, which aborts the process (below 0); pytest's other codes are its own."""
+    assert done.returncode == 1 or done.returncode < 0, f"not caught: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert "g++ cannot build" not in done.stdout, "the mutant does not compile"
+
+
+def run_with(old, new, file, tests, chosen, tmp_path):
+    """The tests of the kernels, in a process of their own, on a copy in which `old` is replaced once."""
     kernels = tmp_path / "kernels"
     kernels.mkdir()
-    for file in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
-        shutil.copy(file, kernels)
-    source = (kernels / "attention.cu").read_text()
+    for each in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
+        shutil.copy(each, kernels)
+    source = (kernels / file).read_text()
     assert old in source, "the mutant no longer fits the kernel: write it again"
-    (kernels / "attention.cu").write_text(source.replace(old, new, 1))
+    (kernels / file).write_text(source.replace(old, new, 1))
     plugin = tmp_path / "mutant.py"
     plugin.write_text(f"import emulated, pathlib\nemulated.KERNELS = pathlib.Path({str(kernels)!r})\n")
-    tests = str(Path(__file__).with_name("test_fused_attention.py"))
-    # a few widths and one dtype see every line: 40 ends in half a step, 160 keeps rows in shared memory
-    chosen = "(40 or 160 or view or conflicts) and not bfloat16 or order"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "mutant",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        chosen,
-        tests,
-    ]
-    path = f"{tmp_path}:{Path(__file__).parent}:{Path(__file__).parent.parent}"
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode not in (0, 2, 3, 4, 5), f"not caught: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert "g++ cannot build" not in done.stdout, "the mutant does not compile"
+    command = f"{sys.executable} -m pytest -x -q -p mutant -p no:cacheprovider -k".split()
+    here = Path(__file__).parent
+    environment = {"PYTHONPATH": f"{tmp_path}:{here}:{here.parent}", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, chosen, str(here / tests)], capture_output=True, text=True, env=environment)
