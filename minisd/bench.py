@@ -58,7 +58,7 @@ def write_random_sd1(path: Path, configs: Path, dtype: str) -> None:
 
     from minisd.checkpoints.building import on_meta
     from minisd.checkpoints.diffusers_write import folder_files
-    from minisd.checkpoints.io import save_safetensors
+    from minisd.checkpoints.files import save_safetensors
     from minisd.checkpoints.save import ldm_tensors
     from minisd.config import SD1
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisd.checkpoints.entries import Malformed
-from minisd.checkpoints.io import CheckpointError, open_tensors, save_safetensors
-from minisd.checkpoints.pickles import settle, unpickle
+from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
+from minisd.checkpoints.files.entries import Malformed
+from minisd.checkpoints.files.pickles import settle, unpickle
 
 
 class Touch:

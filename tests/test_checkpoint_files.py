@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from minisd.checkpoints.entries import SAFETENSORS_NAMES, STORAGE_DTYPES, TORCH_DTYPES
-from minisd.checkpoints.io import CheckpointError, open_tensors, save_safetensors
+from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
+from minisd.checkpoints.files.entries import SAFETENSORS_NAMES, STORAGE_DTYPES, TORCH_DTYPES
 
 DATA = Path(__file__).parent / "data"
 FORMATS = ["safetensors", "zip", "legacy", "minisd"]
@@ -91,7 +91,7 @@ def test_pickled_views_and_parameters_equal_what_torch_loads(tmp_path, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_reading_in_another_dtype_equals_torch_to(tmp_path, format, monkeypatch):
-    monkeypatch.setattr("minisd.checkpoints.mapped.CHUNK", 64)
+    monkeypatch.setattr("minisd.checkpoints.files.mapped.CHUNK", 64)
     tensors = {"a": torch.randn(7, 19, dtype=torch.float16), "b": torch.randn(50)}
     write(tmp_path / "x", tensors, format)
     file = open_tensors(tmp_path / "x")
@@ -222,7 +222,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatc
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(f"minisd.checkpoints.safe.{failing}", fail)
+    monkeypatch.setattr(f"minisd.checkpoints.files.safe.{failing}", fail)
     with pytest.raises(type(error)):
         save_safetensors(path, {"a": torch.zeros(3)})
     assert path.read_bytes() == before
@@ -393,7 +393,7 @@ def test_loading_half_precision_into_float32_peaks_at_what_is_kept(tmp_path):
     write(tmp_path / "x", weights, "minisd")
     write(tmp_path / "y", weights, "zip")
     script = (
-        "import sys, torch; from minisd.checkpoints.io import open_tensors\n"
+        "import sys, torch; from minisd.checkpoints.files import open_tensors\n"
         "status = lambda key: int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1]) << 10\n"
         "torch.zeros(3, dtype=torch.float16).float(); before = status('VmRSS')\n"
         "files = [open_tensors(path) for path in sys.argv[1:]]\n"

@@ -10,7 +10,7 @@ from reference import manifest
 from safetensors.torch import load_file, save_file
 from tiny import TINY, checkpoint, same_networks, same_tensors, sparse_file
 
-from minisd.checkpoints.io import CheckpointError
+from minisd.checkpoints.files import CheckpointError
 from minisd.checkpoints.load import load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import PRESETS

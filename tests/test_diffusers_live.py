@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import TINY, checkpoint, contiguous, ldm_file, random_network, same_tensors, weight
 
-from minisd.checkpoints.io import save_safetensors
+from minisd.checkpoints.files import save_safetensors
 from minisd.checkpoints.keymaps import give, keymap
 from minisd.checkpoints.load import load_checkpoint, load_network
 from minisd.checkpoints.save import save_checkpoint

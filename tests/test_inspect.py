@@ -13,9 +13,9 @@ from reference import DATA, manifest
 from torch import nn
 
 from minisd.checkpoints.building import NETWORKS
+from minisd.checkpoints.doctor import inspect_checkpoint
 from minisd.checkpoints.evidence import PROBE_TENSORS
-from minisd.checkpoints.inspect import inspect_checkpoint
-from minisd.checkpoints.io import open_tensors, save_safetensors
+from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.checkpoints.load import Checkpoint
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import CLIPTextConfig, ModelConfig, UNetConfig, VAEConfig

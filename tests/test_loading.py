@@ -24,7 +24,7 @@ from tiny import (
 
 from minisd.bench import in_own_process
 from minisd.checkpoints.building import on_meta
-from minisd.checkpoints.io import CheckpointError, save_safetensors
+from minisd.checkpoints.files import CheckpointError, save_safetensors
 from minisd.checkpoints.keymaps import give, keymap
 from minisd.checkpoints.load import load_checkpoint, load_network, open_checkpoint
 from minisd.checkpoints.save import ldm_tensors, save_checkpoint

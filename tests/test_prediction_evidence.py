@@ -7,7 +7,7 @@ import torch
 from reference import manifest
 from tiny import checkpoint, ldm_file, sparse_file
 
-from minisd.checkpoints.io import CheckpointError, save_safetensors
+from minisd.checkpoints.files import CheckpointError, save_safetensors
 from minisd.checkpoints.load import load_checkpoint, open_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 

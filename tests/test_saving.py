@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import TINY, checkpoint, contiguous, ldm_file, same_networks, same_tensors
 
 from minisd.checkpoints.detect import SCHEDULE_BUFFERS
-from minisd.checkpoints.io import CheckpointError, open_tensors, save_safetensors
+from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
 from minisd.checkpoints.load import Checkpoint, load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minisd.checkpoints.detect import Part, Renamed
-from minisd.checkpoints.entries import CheckpointError
+from minisd.checkpoints.files.entries import CheckpointError
 from minisd.checkpoints.keymaps import KeyMap, keymap, take
 from minisd.models.clip import CLIPText, CLIPVision
 from minisd.models.controlnet import ControlNet

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from minisd.checkpoints.entries import CheckpointError
+from minisd.checkpoints.files.entries import CheckpointError
 from minisd.config import (
     CLIPTextConfig,
     CLIPVisionConfig,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minisd.checkpoints.detect import Contents, contents
 from minisd.checkpoints.diffusers_json import read_json, read_schedule, refine
-from minisd.checkpoints.io import CheckpointError, TensorFile, open_tensors
+from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.config import Prediction, ScheduleConfig
 from minisd.models.tokenizer import FIRST_ADDED
 

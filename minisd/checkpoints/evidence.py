@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minisd.checkpoints.detect import Contents
 from minisd.checkpoints.diffusers_json import read_json, read_schedule
-from minisd.checkpoints.entries import CheckpointError
+from minisd.checkpoints.files.entries import CheckpointError
 from minisd.config import PRESETS, Prediction, UNetConfig
 
 # global_step of official 2.x files whose other evidence is missing

@@ -12,7 +12,7 @@ from typing import Literal
 from minisd.checkpoints.detect import INSIDE, Contents, Renamed, account, contents
 from minisd.checkpoints.diffusers_layout import EXTRA, SUBFOLDERS, Folder, open_folder
 from minisd.checkpoints.evidence import prediction_of
-from minisd.checkpoints.io import CheckpointError, TensorFile, open_tensors
+from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.checkpoints.shapes import agrees
 from minisd.config import PRESETS, ModelConfig, Prediction
 from minisd.models.tokenizer import Tokenizer

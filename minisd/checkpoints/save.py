@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER, SUBFOLDERS, WEIGHTS
 from minisd.checkpoints.diffusers_write import folder_files
-from minisd.checkpoints.io import save_safetensors
+from minisd.checkpoints.files import save_safetensors
 from minisd.checkpoints.keymaps import KeyMap, give, keymap
 from minisd.checkpoints.load import Checkpoint
 from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY

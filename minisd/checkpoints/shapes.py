@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from minisd.checkpoints.entries import CheckpointError
+from minisd.checkpoints.files.entries import CheckpointError
 from minisd.config import PRESETS, CLIPTextConfig, CLIPVisionConfig, ControlNetConfig, UNetConfig, VAEConfig
 
 # Fields that no shape shows.

@@ -20,7 +20,7 @@ def inspect(file: Path, *, verify: bool = False, probe: bool = False, json: bool
     """
     from json import dumps
 
-    from minisd.checkpoints.inspect import inspect_checkpoint
+    from minisd.checkpoints.doctor import inspect_checkpoint
 
     found = inspect_checkpoint(file, probe=probe, verify=verify)
     print(dumps(found.as_dict(), indent=2) if json else "\n".join(found.lines(verbose=verbose)))

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from minisd.checkpoints.entries import Malformed
-from minisd.checkpoints.mapped import MappedFile
-from minisd.checkpoints.pickles import MAX_BYTES, settle, unpickle
+from minisd.checkpoints.files.entries import Malformed
+from minisd.checkpoints.files.mapped import MappedFile
+from minisd.checkpoints.files.pickles import MAX_BYTES, settle, unpickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001

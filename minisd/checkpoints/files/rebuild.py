@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minisd.checkpoints.entries import STORAGE_DTYPES, TORCH_DTYPES, Malformed, span
+from minisd.checkpoints.files.entries import STORAGE_DTYPES, TORCH_DTYPES, Malformed, span
 
 MAX_INDEX = 1 << 32  # integer keys: larger ones can be chosen to collide, which makes a dict quadratic
 

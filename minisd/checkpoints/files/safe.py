@@ -18,8 +18,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from minisd.checkpoints.containers import Content
-from minisd.checkpoints.entries import (
+from minisd.checkpoints.files.containers import Content
+from minisd.checkpoints.files.entries import (
     SAFETENSORS_DTYPES,
     SAFETENSORS_NAMES,
     Entry,
@@ -27,7 +27,7 @@ from minisd.checkpoints.entries import (
     contiguous_stride,
     span,
 )
-from minisd.checkpoints.mapped import CHUNK, MappedFile
+from minisd.checkpoints.files.mapped import CHUNK, MappedFile
 
 MAX_HEADER = 100_000_000  # the format's own limit, bytes
 DIGEST, HEADER_DIGEST = "minisd_sha256", "minisd_header_sha256"

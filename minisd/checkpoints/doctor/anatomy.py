@@ -12,9 +12,9 @@ from torch import Tensor
 from minisd.checkpoints.building import build
 from minisd.checkpoints.detect import Part, Renamed
 from minisd.checkpoints.diffusers_layout import EXTRA
+from minisd.checkpoints.doctor.inspection import Inspection, Network, bytes_text
 from minisd.checkpoints.evidence import evidence_of
-from minisd.checkpoints.inspection import Inspection, Network, bytes_text
-from minisd.checkpoints.io import CheckpointError
+from minisd.checkpoints.files import CheckpointError
 from minisd.checkpoints.load import foreign_tensors
 from minisd.checkpoints.opening import Opened
 from minisd.config import PRESETS, CLIPTextConfig, CLIPVisionConfig, ModelConfig, UNetConfig

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.checkpoints.containers import Content, read_legacy, read_zip
-from minisd.checkpoints.entries import CheckpointError, Entry, Malformed
-from minisd.checkpoints.identify import what_is, why_unreadable
-from minisd.checkpoints.mapped import MappedFile
-from minisd.checkpoints.safe import read_safetensors, save_safetensors, verify_safetensors
+from minisd.checkpoints.files.containers import Content, read_legacy, read_zip
+from minisd.checkpoints.files.entries import CheckpointError, Entry, Malformed
+from minisd.checkpoints.files.identify import what_is, why_unreadable
+from minisd.checkpoints.files.mapped import MappedFile
+from minisd.checkpoints.files.safe import read_safetensors, save_safetensors, verify_safetensors
 
 __all__ = ["CheckpointError", "Entry", "TensorFile", "open_tensors", "save_safetensors"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from minisd.checkpoints.io import TensorFile
+from minisd.checkpoints.files import TensorFile
 
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 _SDXL, _UNREAD = "SDXL", "minisd runs Stable Diffusion 1.x and 2.x only"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minisd.checkpoints.entries import Entry
+from minisd.checkpoints.files.entries import Entry
 
 CHUNK = 4 << 20  # bytes; bounds what a conversion holds besides its result
 

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from minisd.checkpoints.entries import TORCH_DTYPES, Entry, Malformed
-from minisd.checkpoints.rebuild import (
+from minisd.checkpoints.files.entries import TORCH_DTYPES, Entry, Malformed
+from minisd.checkpoints.files.rebuild import (
     BUILDERS,
     MAX_INDEX,
     Dropped,

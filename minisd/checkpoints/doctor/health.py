@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.checkpoints.io import CheckpointError, TensorFile
+from minisd.checkpoints.files import CheckpointError, TensorFile
 from minisd.models.unet import Conditioning, UNet
 
 CHUNK = 1 << 22  # elements looked at at once
