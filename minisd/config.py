@@ -7,6 +7,7 @@ file that minisd saves (`ModelConfig.to_json`, `ModelConfig.from_json`).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Literal, get_type_hints
 
@@ -267,7 +268,7 @@ class Settings:
         eta: noise of DDIM, from 0 (none) to 1 (DDPM's).
         convention: how a prompt's brackets and length are read.
         clip_skip: last blocks of the text encoder to leave out; the model's own when left out.
-        batch_size: images per call of the network. The pictures do not depend on it.
+        batch_size: images per call of the network. The pictures do not depend on it, but for rounding.
         tile: rows of the stripes in which the VAE works, 0 for none; by the picture's size when left out.
     """
 
@@ -288,6 +289,14 @@ class Settings:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r}: give 1 or more, and a whole number")
+        for name in ("guidance_scale", "guidance_rescale", "eta"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value}: give a finite number")
+        for name in ("guidance_rescale", "eta"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} is {value}: it lies in [0, 1]")
+        if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}: give the lower time first")
         if self.eta and self.sampler != "ddim" and not callable(self.sampler):
             raise ValueError(f"eta={self.eta} belongs to the sampler ddim, not to {self.sampler}: leave it out")
 

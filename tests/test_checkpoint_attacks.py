@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -308,3 +309,14 @@ def test_random_damage_does_not_bring_the_process_down(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("keys", [["0", 5], [["0"]], ["0", "0"], "0", []], ids=repr)
+def test_a_legacy_pickle_whose_list_of_storages_is_not_its_own_is_refused(tmp_path, keys):
+    path = tmp_path / "legacy.pt"
+    torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    own = re.search(rb"\x80\x02\]q.*?\.(?=\x03\x00\x00\x00\x00\x00\x00\x00)", data, re.DOTALL)
+    path.write_bytes(data.replace(own[0], pickle.dumps(keys, 2)))
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        open_tensors(path)

@@ -90,3 +90,16 @@ def test_the_samplers_that_the_settings_name_are_those_there_are():
 
     listed = Settings.__doc__.split("sampler: ")[1].split("; in Python")[0].replace(" or ", ", ").replace("\n", " ")
     assert sorted(name.strip() for name in listed.split(",")) == sorted(SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan: give a finite number"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale is 1\.5: it lies in \[0, 1\]"),
+        ({"guidance_interval": (900.0, 100.0)}, "give the lower time first"),
+    ],
+)
+def test_settings_that_guide_nowhere_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Settings(**change)

@@ -25,7 +25,7 @@ SD, INPAINTING = lively(), lively("SD1_INPAINT")
         ({"width": 0}, "width 0 is not a multiple of 2"),
         ({"width": -8}, "width -8 is not a multiple of 2 .*: use 2 or 4"),
         ({"width": 32.0}, "width is 32.0: give a whole number of pixels"),
-        ({"tile": 7}, r"rows 7 is not a positive multiple of 2 \(the VAE's factor\): use 6 or 8"),
+        ({"tile": 7}, "tile is 7 rows: give a multiple of 2, or 0 for none"),
         ({"seed": -1}, "seed is -1: give a whole number from 0 to"),
         ({"seed": 2**63}, "seed is 9223372036854775808: give a whole number from 0 to"),
         ({"seed": 1.5}, "seed is 1.5: give a whole number"),

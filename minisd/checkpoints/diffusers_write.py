@@ -36,8 +36,9 @@ def folder_files(config: ModelConfig, added_tokens: Mapping[str, Sequence[int]] 
     if _is_upscaler(config):  # the noise that is added to the small picture has the same schedule
         files["low_res_scheduler/scheduler_config.json"] = _scheduler("DDPMScheduler", config.schedule, "eps")
     if config.vision:
-        noise = ScheduleConfig(kind="cosine", start=0.0001, end=0.02)
         files["image_encoder/config.json"] = _vision_json(config.vision)
+    if config.vision and config.unet.vector_dim:  # unCLIP; elsewhere CLIP judges pictures and is no part of a pipeline
+        noise = ScheduleConfig(kind="cosine", start=0.0001, end=0.02)
         files["image_noising_scheduler/scheduler_config.json"] = _scheduler("DDPMScheduler", noise, "eps")
         files["feature_extractor/preprocessor_config.json"] = _preprocessor(config.vision)
         files["image_normalizer/config.json"] = {
@@ -59,7 +60,9 @@ def _model_index(config: ModelConfig) -> dict:
         8: "StableDiffusionInstructPix2PixPipeline",
         7: "StableDiffusionUpscalePipeline",
         5: "StableDiffusionDepth2ImgPipeline",
-    }.get(config.unet.in_channels, "StableUnCLIPImg2ImgPipeline" if config.vision else "StableDiffusionPipeline")
+    }.get(
+        config.unet.in_channels, "StableUnCLIPImg2ImgPipeline" if config.unet.vector_dim else "StableDiffusionPipeline"
+    )
     index = {
         "_class_name": pipeline,
         "_diffusers_version": VERSION,
@@ -69,7 +72,7 @@ def _model_index(config: ModelConfig) -> dict:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    if config.vision:
+    if config.vision and config.unet.vector_dim:
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
         index["image_normalizer"] = ["stable_diffusion", "StableUnCLIPImageNormalizer"]

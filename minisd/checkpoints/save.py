@@ -46,6 +46,8 @@ def _save_file(checkpoint: Checkpoint, path: Path) -> list[str]:
         raise ValueError(
             f'{path} is a folder; layout "ldm" is one file: give a name such as {path / "model.safetensors"}'
         )
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"{path}: minisd writes safetensors only: name it {path.with_suffix('.safetensors')}")
     tensors = dict(checkpoint.extras)
     for name, network in checkpoint.networks.items():
         tensors |= ldm_tensors(name, network)

@@ -99,7 +99,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     130: interrupted. MINISD_TRACEBACK=1 shows where an error came from.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console without "β" is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console without "β" is no reason to stop
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -125,8 +126,9 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ImportError) and "pip install" in str(error):  # our own, of an extra that is missing
         return str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return "the memory does not suffice: a smaller --height and --width or --dtype bfloat16 need less of it"
+    words = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's, Linux's, Windows'
+    if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in words):
+        return "the memory does not suffice: smaller pictures, or weights of --dtype bfloat16, need less of it"
     return None
 
 

@@ -56,7 +56,6 @@ def convert(
         if target.suffix != ".safetensors":
             raise ValueError(f"{target}: minisd writes safetensors only: name it {target.with_suffix('.safetensors')}")
         check_target(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     import torch
 
     from minisd.checkpoints.load import load_checkpoint
@@ -66,4 +65,5 @@ def convert(
     checkpoint = load_checkpoint(
         source, weights=weights, prediction=prediction, vae=vae, cast=lambda stored: wanted or stored
     )
+    target.parent.mkdir(parents=True, exist_ok=True)
     print("\n".join([*checkpoint.report, *save_checkpoint(checkpoint, target, layout=layout)]))

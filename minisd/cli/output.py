@@ -70,12 +70,13 @@ class Output:
         return names
 
 
-def check_target(path: Path, *, overwrite: bool = False) -> None:
-    """ValueError where a file cannot be written, or exists already and shall not be replaced."""
+def check_target(path: Path, *, overwrite: bool | None = False) -> None:
+    """ValueError where a file cannot be written, or exists already; overwrite None is False, with no option for it."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already: choose another name, or add --overwrite")
+        hint = "" if overwrite is None else ", or add --overwrite"
+        raise ValueError(f"{path} exists already: choose another name{hint}")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{path} cannot be written, {folder} is no folder that one may write to: choose another name")

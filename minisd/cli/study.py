@@ -120,7 +120,7 @@ def check_figure(out: Path) -> None:
     if out.suffix.lower() not in FORMATS:
         raise ValueError(f"{out}: a figure is saved as {', '.join(FORMATS)}: name it so")
     new_figure(1, 1)  # is matplotlib there?
-    check_target(out, overwrite=True)
+    check_target(out, overwrite=None)
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

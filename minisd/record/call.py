@@ -64,7 +64,9 @@ class Call:
 
 def to_json(call: Call, index: int) -> str:
     """The record of one picture of a call."""
-    return json.dumps({"task": call.arguments.task, "index": index, "seed": call.arguments.seed + index} | asdict(call))
+    varied = getattr(call.arguments, "variation_seed", None) is not None  # then all start from one seed
+    seed = call.arguments.seed + (0 if varied else index)
+    return json.dumps({"task": call.arguments.task, "index": index, "seed": seed} | asdict(call))
 
 
 def from_json(text: str) -> tuple[Call, int]:

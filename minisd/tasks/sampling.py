@@ -126,6 +126,9 @@ def batches(
     settings: Settings,
 ) -> Iterator[Batch]:
     """All images of a call, prompts outermost, settings.batch_size at a time; image i has the seed `seed + i`."""
+    factor = sd.config.vae.factor
+    if settings.tile and (settings.tile < 0 or settings.tile % factor):
+        raise ValueError(f"tile is {settings.tile} rows: give a multiple of {factor}, or 0 for none")
     prompts, negatives = _texts(prompt), _texts(negative_prompt)
     if isinstance(negative_prompt, str):
         negatives *= len(prompts)
@@ -148,15 +151,16 @@ def batches(
 
 def _texts(given: str | Sequence[str]) -> list[str]:
     texts = list(given) if isinstance(given, (list, tuple)) else [given]
-    if bad := next((text for text in texts if not isinstance(text, str)), None):
-        raise ValueError(f"a prompt must be a str, not {type(bad).__name__}: {bad!r:.80}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt must be a str, not {type(text).__name__}: {text!r:.80}")
     return texts
 
 
 def check_seed(name: str, seed: int, count: int) -> None:
     """ValueError unless the generators of `count` images, seeded from `seed` on, exist."""
     last = 2**63 - count
-    if not isinstance(seed, Integral) or not 0 <= seed <= last:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= last:
         raise ValueError(f"{name} is {seed!r}: give a whole number from 0 to {last}")
 
 

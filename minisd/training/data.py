@@ -103,7 +103,8 @@ def augmented(pictures: Pictures, rows: Tensor, draws: Draws, how: Augmentation)
     if how.zoom or how.shift or how.flip:
         stretch = torch.stack([mirror / zoom, 1 / zoom], dim=1)
         matrix = torch.cat([torch.diag_embed(stretch), 2 * shift[:, :, None]], dim=2)
-        grid = F.affine_grid(matrix, list(rgb.shape), align_corners=False)
+        with torch.autocast(device.type, enabled=False):  # bfloat16 would move pixels by a fifth of their side
+            grid = F.affine_grid(matrix, list(rgb.shape), align_corners=False)
         # premultiplied: transparent pixels have colours, too, and must not bleed in
         layer = torch.cat([(rgb + 1) * alpha, alpha], dim=1)
         padding = "zeros" if pictures.pixels.shape[-1] == 4 else "border"

@@ -161,7 +161,8 @@ def train(
             group.average_([p.grad for p in networks.parameters() if p.grad is not None])
             group.average_(list(values.values()))
             norms = [nn.utils.clip_grad_norm_(network.parameters(), config.clip) for network in networks.values()]
-            values["gradient"] = torch.stack(norms).norm()
+            # a network without gradients yet (the VAE's rival before its start) has a norm of 0 on the CPU
+            values["gradient"] = torch.stack([norm.to(device) for norm in norms]).norm()
             if not torch.stack(list(values.values())).isfinite().all():
                 again = [lambda part=part: losses(step, part) for part in range(config.accumulate)]  # noqa: B023
                 raise Diverged(_divergence(recipe, values, step, again, state))

@@ -33,7 +33,8 @@ def contrastive_loss(text: Tensor, image: Tensor, scale: Tensor) -> tuple[Tensor
     Every picture picks its caption among all of the batch, every caption its picture; accuracy is the share of pictures
     that pick rightly.
     """
-    logits = scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+    with torch.autocast(image.device.type, enabled=False):  # it would round logits of up to 100 to bfloat16
+        logits = scale.float() * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
     own = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     return loss, (logits.argmax(1) == own).float().mean()

@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun --nproc-per-node 2 -m minisd train …`.
+"""Several processes that train one model: `torchrun --nproc-per-node 2` on a script that trains.
 
 Every process computes its rows of the batch, then the gradients are averaged. That is all of data parallelism: the
 weights start equal, and equal steps keep them equal. PyTorch's DistributedDataParallel also sends early gradients while

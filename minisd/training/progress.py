@@ -32,6 +32,7 @@ class Progress:
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
             write_whole(folder / "log.jsonl", lambda file: file.write(text.encode()))
         self._values: list[Mapping[str, Tensor]] = []
+        self._keeps = write
         self._began = self._last = time.monotonic()
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=not bar, dynamic_ncols=True)
 
@@ -44,7 +45,8 @@ class Progress:
     def step(self, values: Mapping[str, Tensor]) -> None:
         """Count a step and remember its values, scalars on any device."""
         self._bar.update()
-        self._values.append(values)
+        if self._keeps:  # nobody else would ever clear them
+            self._values.append(values)
 
     def log(self, step: int, **more: float) -> None:
         """Write a line: the means since the one before, and `more` as it is."""

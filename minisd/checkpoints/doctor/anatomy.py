@@ -212,7 +212,7 @@ def _needs(found: Inspection, opened: Opened) -> None:
         _how_to_run(found, parts["unet"].config, opened)
     elif "vae" in parts:
         found.needs.append(f"a checkpoint whose VAE it replaces: minisd.load(CHECKPOINT, vae={name!r})")
-    elif "control" not in parts:
+    elif parts and "control" not in parts:
         found.needs.append("a U-Net and a VAE: it is one part of a checkpoint")
     if "control" in parts:
         base = "" if "unet" in parts else f"a checkpoint of {found.family} for it to steer, and "

@@ -120,7 +120,8 @@ def read_legacy(file: MappedFile) -> Content:
         raise Malformed("its byte order is not little-endian: convert it on the machine that wrote it")
     machine = unpickle(file.map)
     keys = unpickle(file.map).value
-    if not isinstance(keys, list) or set(machine.storages) != {key for key in keys if isinstance(key, str)}:
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or sorted(keys) != sorted(machine.storages):
         raise Malformed("its list of storages is not the one its pickle uses: the file is damaged, fetch it again")
 
     starts, position = {}, file.map.tell()

@@ -34,6 +34,8 @@ def why_unreadable(path: str) -> str | None:
         inside = sorted(name for name in os.listdir(path) if name.endswith((".safetensors", ".ckpt", ".bin", ".pt")))
         return "is a directory; give a file in it" + (f", e.g. {inside[0]}" if inside else "")
     folder, name = os.path.split(os.path.abspath(path))
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"is a link to {os.readlink(path)}, which does not exist"
     if not os.path.exists(path):
         if not os.path.isdir(folder):
             return f"does not exist, nor does its folder {folder}"

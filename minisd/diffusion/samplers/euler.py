@@ -60,12 +60,13 @@ def churn_rate(abar_t: Tensor, most: float, s_tmin: float, s_tmax: float) -> Ten
 def churn(x: Tensor, noise: Tensor, abar_t: Tensor, gamma: Tensor, schedule: Schedule) -> tuple[Tensor, Time, Tensor]:
     """(x, t, ᾱ) at σ_hat = (1 + γ) σ_t: x/√ᾱ gains √(σ_hat² - σ_t²) noise (algorithm 2, lines 5 and 6).
 
-    Where σ_hat is above the schedule's largest σ the model is told the time T-1, as in k-diffusion.
+    Where σ_hat is above the schedule's largest finite σ the model is told the time of that one, as in k-diffusion.
     """
     sigma = sigma_from_abar(abar_t)
     sigma_hat = (1 + gamma) * sigma
     abar_hat = 1 / (1 + sigma_hat**2)
     added = (sigma_hat**2 - sigma**2).sqrt()
     x_hat = weighted_sum((abar_hat / abar_t).sqrt(), x, abar_hat.sqrt() * added, noise)
-    t_hat = schedule.t_from_sigma(sigma_hat.clamp(max=schedule.sigmas[-1]))
+    most = schedule.sigmas[schedule.sigmas.isfinite()].max()
+    t_hat = schedule.t_from_sigma(sigma_hat.clamp(max=most))
     return x_hat, t_hat if t_hat.ndim else t_hat.item(), abar_hat
