@@ -58,6 +58,24 @@ def test_every_attention_impl_has_the_right_gradients(impl):
     assert torch.autograd.gradcheck(lambda *x: attention(*x, impl=impl), (q, k, v))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_auto_trains_in_float32_on_a_cpu_and_rounds_once(dtype, autocast, causal):
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 12, 2, 8, generator=g).to(dtype).requires_grad_() for _ in range(3))
+    target = torch.randn(2, 12, 2, 8, generator=g).to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = attention(q, k, v, causal=causal)
+    exact = by_hand(*(x.detach() for x in (q, k, v)), causal, 8**-0.5)
+    torch.testing.assert_close(out.detach(), exact.to(dtype), atol=0, rtol=torch.finfo(dtype).eps)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    attention(*wide, causal=causal, impl="naive").backward(target.double())
+    out.backward(target)
+    for given, expected in zip((q, k, v), wide, strict=True):
+        torch.testing.assert_close(given.grad.double(), expected.grad, atol=1e-3, rtol=2 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("impl", EVERYWHERE)
 def test_views_of_a_packed_product_are_taken_as_they_are(impl):
     packed = torch.randn(2, 10, 3 * 4 * 8, generator=torch.Generator().manual_seed(1))
@@ -78,7 +96,7 @@ def test_scores_near_minus_200_do_not_vanish(impl):
 def test_an_unknown_impl_is_refused_with_the_known_ones():
     q = torch.zeros(1, 2, 1, 4)
     with pytest.raises(
-        ValueError, match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, fused, hopper"
+        ValueError, match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, sdpa32, fused, hopper"
     ):
         attention(q, q, q, impl="flash")
 

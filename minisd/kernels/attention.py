@@ -19,8 +19,8 @@ def attention(
     q: 'b n i d'; k, v: 'b m i d', all of one floating dtype, which is the result's too. Returns 'b n i d'. Scores and
     softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
     impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, and "hopper", with a forward for
-    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask. "auto" is PyTorch's own, except for the GPUs
-    and shapes where another was measured to be quicker. ValueError for an unknown impl, shapes that do not fit, and
+    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask. "auto" is PyTorch's own, except where another
+    was measured to be quicker (choice.py). ValueError for an unknown impl, shapes that do not fit, and
     where these cannot run.
     """
     check_shapes(q, k, v)
@@ -74,6 +74,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), "b i n d -> b n i d")
 
 
+def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """PyTorch's fused attention on copies in float32: on a CPU its backward in half precision is several times slower.
+
+    Wider inputs stay as they are. Autocast, which would turn the copies back into half precision, is kept out.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        return _sdpa(q.to(wide), k.to(wide), v.to(wide), causal, scale).to(q.dtype)
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """This package's CUDA kernels (attention.cu)."""
     return fused_attention(q, k, v, causal, scale)[0]
@@ -92,4 +102,11 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-IMPLEMENTATIONS = {"naive": _naive, "matmul": _matmul, "sdpa": _sdpa, "fused": _fused, "hopper": _hopper}
+IMPLEMENTATIONS = {
+    "naive": _naive,
+    "matmul": _matmul,
+    "sdpa": _sdpa,
+    "sdpa32": _sdpa32,
+    "fused": _fused,
+    "hopper": _hopper,
+}
