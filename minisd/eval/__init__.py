@@ -1,0 +1,1 @@
+"""Measuring pictures: reconstruction, retrieval, Fréchet distance, fidelity to a subject, each with an interval."""
