@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from minisd import tasks
+from minisd.checkpoints.embeddings import add_embedding, load_embeddings
 from minisd.checkpoints.load import Checkpoint, load_checkpoint, load_network
+from minisd.checkpoints.lora import MergedLoras, load_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ModelConfig, Prediction, ScheduleConfig, Settings
 from minisd.diffusion.guidance import guided
@@ -48,6 +51,7 @@ class StableDiffusion:
             length=text.length, pad_id=text.pad_id, dialect=text.dialect, added_tokens=checkpoint.added_tokens
         )
         self.schedule = build_schedule(self.config.schedule)
+        self.loras = MergedLoras({"unet": self.unet, "text": self.text_encoder})
 
     @property
     def config(self) -> ModelConfig:
@@ -169,6 +173,46 @@ class StableDiffusion:
                 f"{task} needs a model that takes {latents} latent channels and a prompt; {self.config.name} wants a "
                 "depth map, a picture or an embedding too: call sd.unet yourself, with Conditioning(y=…, concat=…)"
             )
+
+    # ------------------------------------------------------------------------------------------------------- adapters
+
+    def load_embedding(self, path: str | os.PathLike, token: str | None = None) -> list[str]:
+        """Add the placeholders of a textual-inversion file and return them; any prompt takes them, `save` keeps them.
+
+        token: its name here, in place of the one that the file, or the file's name, gives it. Layouts: those of
+        `checkpoints.embeddings`. ValueError where the file is none, is for models of another width, or the token is
+        taken or has a meaning of its own.
+        """
+        embeddings = load_embeddings(path)
+        if token is not None:
+            if len(embeddings) > 1:
+                raise ValueError(f"{path} holds {len(embeddings)} tokens ({', '.join(embeddings)}): leave token= out")
+            embeddings = dict(zip([token], embeddings.values(), strict=True))
+        for name, vectors in embeddings.items():
+            try:
+                self.add_embedding(name, vectors)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        return list(embeddings)
+
+    def add_embedding(self, token: str, vectors: Tensor) -> list[int]:
+        """Make `token` a placeholder for vectors 'n d', rows of the token embedding from now on, and return its ids."""
+        ids = add_embedding(self.tokenizer, self.text_encoder, token, vectors)
+        self.checkpoint.config = replace(self.config, text=self.text_encoder.config)
+        return ids
+
+    def load_lora(self, path: str | os.PathLike, weight: float = 1.0) -> None:
+        """Merge a LoRA file into the weights of U-Net and text encoder: W + weight · alpha/rank · up·down.
+
+        Several stack. The same path again replaces what it brought before, so that it is the way to another weight.
+        `unmerge` restores the originals; until then `save` writes the weights as they are, LoRAs and all. Layouts,
+        errors and the warning about unmatched tensors: see `checkpoints.lora.load_lora`.
+        """
+        self.loras.merge(os.path.abspath(path), load_lora(path, self.loras.networks), weight)
+
+    def unmerge(self) -> None:
+        """Take all LoRAs out again: every weight is what it was before, bit for bit. Without any, nothing happens."""
+        self.loras.unmerge()
 
     # ---------------------------------------------------------------------------------------------------------- files
 

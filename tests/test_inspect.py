@@ -349,9 +349,12 @@ def test_alpha_is_found_in_the_file_its_metadata_or_the_config_beside_it(tmp_pat
     peft = lora(f"unet.{ATTN2}.to_k.lora_A.weight", f"unet.{ATTN2}.to_k.lora_B.weight")
     save_safetensors(tmp_path / "meta", peft, {"lora_adapter_metadata": '{"unet.lora_alpha": 8}'})
     assert "alpha 8 (scale alpha/rank = 2), says the metadata" in page(tmp_path / "meta")
-    save_safetensors(tmp_path / "peft", peft)
+    names = f"base_model.model.{ATTN2}.to_k.lora_A.weight", f"base_model.model.{ATTN2}.to_k.lora_B.weight"
+    save_safetensors(tmp_path / "peft", lora(*names))  # peft's own names, beside peft's own config
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16, "r": 4}')
     assert "alpha 16 (scale alpha/rank = 4), says adapter_config.json" in page(tmp_path / "peft")
+    save_safetensors(tmp_path / "other", peft)
+    assert "alpha not in the file" in page(tmp_path / "other")
 
 
 def test_a_lora_that_minisd_cannot_apply_says_why(tmp_path):

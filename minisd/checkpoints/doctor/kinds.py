@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -10,9 +9,20 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from minisd.checkpoints import embeddings
+from minisd.checkpoints.families import BASES, SDXL_WIDTHS
 from minisd.checkpoints.files import TensorFile
+from minisd.checkpoints.lora_names import (
+    Pair,
+    layout_of,
+    other_model,
+    pairs,
+    peft_alpha,
+    peft_config,
+    text_width,
+    variants,
+)
 
-BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 _SDXL, _UNREAD = "SDXL", "minisd runs Stable Diffusion 1.x and 2.x only"
 
 
@@ -37,59 +47,36 @@ def other_kind(file: TensorFile) -> Kind | None:
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
 
-_DOWN = re.compile(r"(.+?)(?:\.(lora_down)|\.(lora_A)(?:\.\w+)?|[._](lora\.down)|\.(lora_linear_layer\.down))\.weight$")
-_UP = {
-    "lora_down": "lora_up",
-    "lora_A": "lora_B",
-    "lora.down": "lora.up",
-    "lora_linear_layer.down": "lora_linear_layer.up",
-}
-_LAYOUTS = {"lora_down": "kohya layout", "lora_A": "peft layout"}
-_NOT_PLAIN = (
-    (r"\.hada_w", "LoHa"),
-    (r"\.lokr_w", "LoKr"),
-    (r"\.dora_scale|lora_magnitude", "DoRA"),
-    ("lora_mid", "CP"),
-)
-
 
 def _lora(file: TensorFile) -> Kind | None:
-    downs = {name: found for name in file if (found := _DOWN.match(name))}
-    variants = [kind for pattern, kind in _NOT_PLAIN if any(re.search(pattern, name) for name in file)]
-    if not downs and not variants:
+    found, others = pairs(file), variants(file)
+    if not found and not others:
         return None
-    marks = {next(filter(None, found.groups()[1:])) for found in downs.values()}
-    layout = next((_LAYOUTS[mark] for mark in _LAYOUTS if mark in marks), "old diffusers layout")
-    modules = [found[1] for found in downs.values()] or list(file)
-    kind = Kind(f"a LoRA ({layout})" if downs else f"a {variants[0]} (an adapter of the LyCORIS family)")
-    kind.base = _lora_base(file, downs)
-    ranks = sorted({file.shape(name)[0] for name in downs if file.shape(name)})
+    kind = Kind(f"a LoRA ({layout_of(found)})" if found else f"a {others[0]} (an adapter of the LyCORIS family)")
+    width = text_width(file, found)
+    kind.base = other_model(file) or (_SDXL if width in SDXL_WIDTHS else BASES.get(width, ""))
+    ranks = sorted({file.shape(pair.down)[0] for pair in found if file.shape(pair.down)})
     if ranks:
         kind.facts["rank"] = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        kind.facts["alpha"] = _alpha(file, ranks)
-    networks = Counter(map(_lora_network, modules))
+        kind.facts["alpha"] = _alpha(file, found, ranks)
+    networks = Counter(map(_lora_network, [pair.module for pair in found] or list(file)))
     kind.facts["changes"] = ", ".join(f"{count} layers of the {network}" for network, count in networks.items())
     if trained := file.metadata.get("ss_sd_model_name") or file.metadata.get("ss_base_model_version"):
         kind.facts["trained on"] = trained
-    if variants:
-        kind.problems.append(f"it is a {'/'.join(variants)} adapter: only plain LoRAs are read")
-    kind.used = {name for name in file if name in downs or name.endswith(".alpha")}
-    kind.used |= {up for name, found in downs.items() if (up := _up_name(name, found)) in file}
-    if lost := [name for name, found in downs.items() if _up_name(name, found) not in file]:
-        kind.problems.append(f"{len(lost)} layers lack their second matrix, first: {_up_name(lost[0], downs[lost[0]])}")
+    if others:
+        kind.problems.append(f"it is a {'/'.join(others)} adapter: only plain LoRAs are read")
+    kind.used = {name for pair in found for name in (pair.down, pair.up, pair.mid, pair.alpha) if name in file}
+    if lost := [pair.up for pair in found if pair.up not in file]:
+        kind.problems.append(f"{len(lost)} layers lack their second matrix, first: {lost[0]}")
     if kind.base in BASES.values():
         kind.needs.append(f"a checkpoint of {kind.base}, then sd.load_lora({Path(file.path).name!r}, weight=1.0)")
     elif kind.base:
         kind.problems.append(f"it is for {kind.base}: {_UNREAD}")
+    elif width is not None:
+        kind.needs.append(f"a checkpoint whose text encoder is {width} wide, which is no official one")
     else:
         kind.needs.append("the layers it changes exist in several families: its author says which checkpoint it is for")
     return kind
-
-
-def _up_name(name: str, found: re.Match) -> str:
-    mark = next(filter(None, found.groups()[1:]))
-    at = found.end(1)
-    return name[:at] + name[at:].replace(mark, _UP[mark])
 
 
 def _lora_network(module: str) -> str:
@@ -100,68 +87,32 @@ def _lora_network(module: str) -> str:
     return "transformer"
 
 
-def _lora_base(file: TensorFile, downs: dict[str, re.Match]) -> str:
-    """By the width of the context that the U-Net's cross-attention reads, else of the text encoder."""
-    if any(re.search(r"lora_te[12]_|text_encoder_2", name) for name in file):
-        return _SDXL
-    if any(re.search(r"(double|single|joint)_(transformer_)?blocks", name) for name in file):
-        return "Flux or SD3"
-    shapes = {found[1]: file.shape(name) for name, found in downs.items()}
-    context = {s[1] for module, s in shapes.items() if re.search(r"attn2.*to_[kv]$", module) and len(s) > 1}
-    text = {s[1] for module, s in shapes.items() if re.search(r"self_attn.*[qkv]_proj$", module) and len(s) > 1}
-    width = next(iter(context or text), None)
-    return _SDXL if width == 2048 else BASES.get(width, "")
-
-
-def _alpha(file: TensorFile, ranks: list[int]) -> str:
-    stored = [name for name in file if name.endswith(".alpha") and prod(file.shape(name)) == 1]
-    alphas = sorted({float(file[name].float().item()) for name in stored})
-    source = ""
+def _alpha(file: TensorFile, found: list[Pair], ranks: list[int]) -> str:
+    stored = [pair.alpha for pair in found if pair.alpha in file and prod(file.shape(pair.alpha)) == 1]
+    alphas, source = {float(file[name].float().item()) for name in stored}, ""
     if not alphas:
-        alphas, source = _peft_alpha(file)
+        config, place = peft_config(file)
+        said = (peft_alpha(config, pair.module, ranks[0]) for pair in found)
+        alphas, source = {alpha for alpha in said if alpha is not None}, f", says {place}"
     if not alphas:
         return "not in the file, which means alpha = rank (scale 1)"
-    said = f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} to {alphas[-1]:g}"
-    scale = f" (scale alpha/rank = {alphas[0] / ranks[0]:g})" if len(alphas) == len(ranks) == 1 and ranks[0] else ""
+    least, most = min(alphas), max(alphas)
+    said = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+    scale = f" (scale alpha/rank = {least / ranks[0]:g})" if len(alphas) == len(ranks) == 1 and ranks[0] else ""
     return said + scale + source
-
-
-def _peft_alpha(file: TensorFile) -> tuple[list[float], str]:
-    """peft keeps alpha in adapter_config.json, diffusers in the metadata of the file."""
-    beside = Path(file.path).with_name("adapter_config.json")
-    try:
-        texts = [(file.metadata.get("lora_adapter_metadata", "{}"), "the metadata")]
-        texts += [(beside.read_text(encoding="utf-8"), beside.name)] if beside.is_file() else []
-        for text, place in texts:
-            for name, value in json.loads(text).items():
-                if name.split(".")[-1] == "lora_alpha" and isinstance(value, int | float):
-                    return [float(value)], f", says {place}"
-    except (ValueError, AttributeError, OSError, RecursionError):
-        pass  # not readable: then it says nothing
-    return [], ""
 
 
 # ---------------------------------------------------------------------------------------------------------- embeddings
 
 
 def _embedding(file: TensorFile) -> Kind | None:
-    """The layouts of rinongal and A1111, of diffusers, of kohya, of SDXL, and a bare tensor."""
-    vectors = {name: file.shape(name) for name in file if file.dtype(name).is_floating_point}
-    if param := {n: s for n, s in vectors.items() if n.startswith("string_to_param.")}:
-        layout, vectors = "A1111's and the original's layout", param
-    elif "emb_params" in vectors:
-        layout, vectors = "kohya layout", {"emb_params": vectors["emb_params"]}
-    elif {"clip_l", "clip_g"} & set(vectors):
-        layout = "SDXL layout"
-    else:
-        layout = "diffusers layout" if set(vectors) != {""} else "a bare tensor"
-        widths = {shape[-1] for shape in vectors.values() if 1 <= len(shape) <= 2}
-        small = len(file) <= 8 and all(1 <= len(s) <= 2 and prod(s) <= 1024 * 1280 for s in vectors.values())
-        if not vectors or len(vectors) != len(file) or not small or not widths <= {*BASES, 1280}:
-            return None
-        if any(name.endswith((".weight", ".bias")) for name in vectors):
-            return None
-    kind = Kind(f"a textual-inversion embedding ({layout})")
+    layout = embeddings.layout_of(file)
+    if layout is None:
+        return None
+    vectors = {name: file.shape(name) for name in layout.vectors.values()}
+    if layout.name in (embeddings.DIFFUSERS, embeddings.BARE) and not _as_of_words(vectors):
+        return None
+    kind = Kind(f"a textual-inversion embedding ({layout.name})")
     if not all(1 <= len(shape) <= 2 for shape in vectors.values()):
         kind.problems.append(f"its vectors have the impossible shapes {list(vectors.values())}")
         return kind
@@ -170,25 +121,31 @@ def _embedding(file: TensorFile) -> Kind | None:
         f"{1 if len(shape) == 1 else shape[0]} of width {shape[-1]}" for shape in vectors.values()
     )
     widths = {shape[-1] for shape in vectors.values()}
-    kind.base = BASES.get(min(widths), "") if len(widths) == 1 and layout != "SDXL layout" else _SDXL
-    _name_token(kind, file, list(vectors), layout)
-    if layout == "SDXL layout" or kind.base == _SDXL:
+    is_sdxl = layout.name == embeddings.SDXL or len(widths) > 1 or widths & SDXL_WIDTHS
+    kind.base = _SDXL if is_sdxl else BASES.get(min(widths), "")
+    _name_token(kind, file, layout)
+    if is_sdxl:
         kind.problems.append(f"it is for SDXL: {_UNREAD}")
-    elif not kind.base:
-        kind.problems.append(f"no text encoder of Stable Diffusion 1.x or 2.x is {min(widths)} wide (768 or 1024)")
-    else:
-        file_name = Path(file.path).name
-        kind.needs.append(f"a checkpoint of {kind.base}, then sd.load_embedding({file_name!r}, token=…)")
+        return kind
+    models = kind.base or f"a model whose text encoder is {min(widths)} wide, which is no official one"
+    kind.needs.append(f"a checkpoint of {models}, then sd.load_embedding({Path(file.path).name!r}, token=…)")
     return kind
 
 
-def _name_token(kind: Kind, file: TensorFile, names: list[str], layout: str) -> None:
-    tokens = [name.removeprefix("string_to_param.") for name in names]
+def _as_of_words(vectors: dict[str, tuple[int, ...]]) -> bool:
+    """Whether tensors that say nothing of themselves are vectors of words: of an official width, or of a <token>."""
+    official = {shape[-1] for shape in vectors.values()} <= {*BASES, *SDXL_WIDTHS}
+    named = all(re.fullmatch(r"<.+>", name) for name in vectors)
+    return (official or named) and all(prod(shape) <= 1024 * 1280 for shape in vectors.values())
+
+
+def _name_token(kind: Kind, file: TensorFile, layout: embeddings.Layout) -> None:
     named = isinstance(file.extra.get("name"), str) and file.extra["name"]
-    if layout in ("kohya layout", "SDXL layout", "a bare tensor"):
+    if layout.name in (embeddings.KOHYA, embeddings.SDXL, embeddings.BARE):
         kind.facts["token"] = "none in the file: by custom it is the file's name"
     else:
-        kind.facts["token"] = ", ".join(map(repr, tokens)) + (f", named {named!r}" if named else "")
+        kind.facts["token"] = ", ".join(repr(token or "*") for token in layout.vectors)
+        kind.facts["token"] += f", named {named!r}" if named else ""
     if isinstance(file.extra.get("step"), int):
         kind.facts["step"] = f"{file.extra['step']:,}"
     if isinstance(trained := file.extra.get("sd_checkpoint_name"), str):

@@ -122,12 +122,19 @@ def save_safetensors(
             raise ValueError(f"{path}: {name} is {given}; safetensors holds dense tensors with values: {known}")
     lines = _lines((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
+    with written_whole(path) as out:
+        _write(out, lines, tensors, metadata)
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write to, beside the target, which it replaces at the end; on any failure the old one stays."""
     target = os.path.realpath(path)
     folder, base = os.path.split(target)
     temporary = os.path.join(folder, f".{base}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as out:
-            _write(out, lines, tensors, metadata)
+            yield out
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, target)
