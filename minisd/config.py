@@ -391,7 +391,28 @@ SD_X4_UPSCALER = replace(
     image_size=512,
 )
 
-PRESETS = {
+MINI = ModelConfig(  # Stable Diffusion's geometry, small enough to be trained on a laptop and to be shipped
+    name="minisd mini",
+    unet=UNetConfig(
+        channels=64,
+        channel_mult=(1, 2, 3),
+        num_res_blocks=1,
+        attention_levels=(1, 2),
+        num_heads=None,
+        head_width=32,
+        context_dim=128,
+        norm_groups=16,
+    ),
+    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=8, scale_factor=1.0),
+    text=CLIPTextConfig(width=128, layers=4, heads=4, mlp_width=512, projection_dim=128),
+    vision=CLIPVisionConfig(
+        image_size=64, patch_size=8, width=192, layers=6, heads=6, mlp_width=768, projection_dim=128
+    ),
+    prediction="v",
+    image_size=128,
+)
+
+PRESETS = {  # the official models, which files are recognised by; a mini model's says itself what it is
     "SD1": SD1,
     "SD1_INPAINT": SD1_INPAINT,
     "SD1_PIX2PIX": SD1_PIX2PIX,

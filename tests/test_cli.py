@@ -18,7 +18,7 @@ from PIL import Image
 from minisd import tasks
 from minisd.checkpoints.load import load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
-from minisd.cli import BENCHES, COMMANDS, PLOTS, main
+from minisd.cli import BENCHES, COMMANDS, PLOTS, TRAININGS, main
 from minisd.cli.options import Model
 from minisd.cli.output import Output, Preview, Strip
 from minisd.config import Settings
@@ -26,7 +26,7 @@ from minisd.record.arguments import Txt2Img
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "2"]
-ALL = [path.rpartition(":")[2].replace("_", " ") for path in [*COMMANDS, *PLOTS, *BENCHES]]
+ALL = [path.rpartition(":")[2].replace("_", " ") for path in [*COMMANDS, *PLOTS, *TRAININGS, *BENCHES]]
 
 
 @pytest.fixture(scope="session")
@@ -515,3 +515,14 @@ def test_a_console_without_greek_is_no_reason_to_stop():
     done = run_alone("plot", "schedules", "--help", PYTHONIOENCODING="ascii")
     assert done.returncode == 0
     assert "log-SNR of noise schedules" in done.stdout
+
+
+def test_train_makes_a_model_and_goes_on_where_it_stopped(minisd):
+    unet = ["unet.channels=16", "unet.channel_mult=[1,2]", "unet.num_heads=2", "unet.norm_groups=8"]
+    quick = ["--set", "size=16", "loop.steps=2", "loop.batch_size=1", "schedule.num_timesteps=10", *unet]
+    code, out, err = minisd("train", "ddpm", ".", "--quiet", *quick, model=None)
+    assert (code, out) == (0, "ddpm/ddpm.safetensors\n"), err
+    assert {path.name for path in Path("ddpm").iterdir()} >= {"config.json", "log.jsonl", "state.safetensors"}
+    code, _, err = minisd("train", "ddpm", ".", "--quiet", *quick, "loop.lr=0.5", model=None)
+    assert code == 1
+    assert "recipe.loop.lr was 0.0002, is 0.5. Give the old values" in err

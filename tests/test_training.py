@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from copy import deepcopy
@@ -21,7 +22,8 @@ from minisd.models.unet import Conditioning
 from minisd.training.ddpm import DDPMRecipe, train_ddpm
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
-from minisd.training.loop import Diverged, LoopConfig, build_optimizer, learning_rate
+from minisd.training.loop import Diverged, build_optimizer, learning_rate
+from minisd.training.options import LoopConfig, changed, read_changes
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.progress import read_log
 from minisd.training.state import differing
@@ -67,6 +69,23 @@ def test_a_training_killed_again_and_again_ends_with_the_bits_of_one_that_was_no
     run_script("killed", tmp_path, 0, 4, 4, "rename", 7, 9)
     assert bits_of(tmp_path) == bits_of(finished)
     assert (tmp_path / "ddpm.safetensors").read_bytes() == (finished / "ddpm.safetensors").read_bytes()
+
+
+def test_ctrl_c_ends_the_step_and_saves_it_and_the_training_goes_on_from_there(finished, tmp_path, monkeypatch):
+    loss = DDPMRecipe.loss
+
+    def interrupted(self, examples, draws):
+        if draws.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, examples, draws)
+
+    monkeypatch.setattr(DDPMRecipe, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="holds 5 of 10 steps; the same command goes on"):
+        train_recipe("ddpm", tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    train_recipe("ddpm", tmp_path)
+    assert bits_of(tmp_path) == bits_of(finished)
 
 
 def test_the_log_of_a_resumed_training_has_every_line_once(finished, tmp_path, monkeypatch):
@@ -320,3 +339,31 @@ def test_alone_is_a_group_of_one():
     x = torch.ones(2, 3, requires_grad=True)
     assert ALONE.gather(x) is x
     assert ALONE.is_first
+
+
+# -------------------------------------------------------------------------------------------------- options
+
+
+def test_a_config_is_changed_by_what_differs_only(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"loop": {"steps": 7, "lr": 1}, "size": 32}')
+    config = changed(DDPM, read_changes(file, ["loop.steps=9", "schedule.kind=cosine"]))
+    assert config == replace(
+        DDPM, size=32, loop=replace(DDPM.loop, steps=9, lr=1.0), schedule=replace(DDPM.schedule, kind="cosine")
+    )
+    assert changed(config, json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["loop.step=9"], "LoopConfig has no field 'step'; known: .*steps"),
+        (["loop.steps=many"], "LoopConfig.steps must be int, got 'many'"),
+        (["loop=9"], "LoopConfig must be an object, got 9"),
+        (["steps"], "'steps' sets nothing: give FIELD=VALUE"),
+        (["loop..steps=1"], "'loop..steps=1' sets nothing"),
+    ],
+)
+def test_a_change_that_changes_nothing_is_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        changed(DDPM, read_changes(None, settings))

@@ -18,8 +18,8 @@ from minisd.training.clip import CLIPRecipeConfig, train_clip
 from minisd.training.data import Augmentation, Pictures
 from minisd.training.ddpm import DDPMConfig, DDPMRecipe, train_ddpm
 from minisd.training.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
-from minisd.training.loop import LoopConfig, Run
 from minisd.training.mini import MiniConfig
+from minisd.training.options import LoopConfig, Run
 from minisd.training.parallel import ALONE, processes
 from minisd.training.vae import VAERecipeConfig, train_vae
 

@@ -28,6 +28,10 @@ PLOTS = {
     "study:plot_trajectory": "What the model believes the picture to be, step by step.",
     "study:plot_attention": "Where a picture looks at each word of its prompt.",
 }
+TRAININGS = {
+    "training:train_mini": "A whole model from nothing: autoencoder, CLIP, U-Net.",
+    "training:train_ddpm": "A DDPM on pixels, the smallest lesson.",
+}
 BENCHES = {"study:bench_load": "Time and memory of loading a checkpoint."}
 USAGE = {"txt2img": "txt2img [OPTIONS] PROMPT...", "schedules": "plot schedules [OPTIONS] [NAME...]"}
 EXAMPLES = {
@@ -46,6 +50,12 @@ EXAMPLES = {
     "schedules": ["minisd plot schedules linear cosine scaled_linear-zsnr --out schedules.svg"],
     "noising": ["minisd plot noising cat.jpg --schedules linear cosine"],
     "trajectory": ['minisd plot trajectory "a red apple" --steps 20 --panels 8'],
+    "mini": [
+        "minisd train mini emoji",
+        "minisd train mini emoji --set unet.loop.steps=1000 unet.model.prediction=eps --out quick",
+        "torchrun --nproc-per-node 2 -m minisd train mini emoji",
+    ],
+    "ddpm": ["minisd train ddpm flowers --set size=64 schedule.kind=cosine"],
     "load": ["minisd bench load --dtype float16 --runs 5"],
     "attention": ['minisd plot attention "a red apple on a blue table"'],
 }
@@ -78,7 +88,7 @@ def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
 
 
 def _shown_default(value) -> str | None:
-    return None if value in (None, "") or value is False else str(value)
+    return None if value in (None, "", ()) or value is False else str(value)
 
 
 app = _app(
@@ -89,6 +99,7 @@ app = _app(
     suppress_keyboard_interrupt=False,
 )
 app.command(_app("plot", "Figures to study diffusion by.", PLOTS, sort_key=100))
+app.command(_app("train", "Teach models, from nothing or a subject.", TRAININGS, sort_key=99))
 app.command(_app("bench", "Measure minisd, beside its peers where they are installed.", BENCHES, sort_key=101))
 
 

@@ -16,8 +16,9 @@ from minisd.models.clip import CLIPText, CLIPVision, normalize
 from minisd.models.tokenizer import Tokenizer
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws
-from minisd.training.loop import RUN, LoopConfig, Run, train
+from minisd.training.loop import train
 from minisd.training.loss import contrastive_loss
+from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.vocabulary import Rows
 from minisd.training.weights import seeded

@@ -28,7 +28,8 @@ from minisd.models.unet import Conditioning, UNet
 from minisd.pipeline import build_schedule
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
-from minisd.training.loop import RUN, LoopConfig, Run, train
+from minisd.training.loop import train
+from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.weights import seeded
 

@@ -25,8 +25,9 @@ from minisd.models.vae import VAE
 from minisd.pipeline import StableDiffusion, build_schedule
 from minisd.training.data import Pictures
 from minisd.training.draws import Draws
-from minisd.training.loop import RUN, LoopConfig, Run, train
+from minisd.training.loop import train
 from minisd.training.loss import min_snr_weights
+from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.weights import recompute, seeded
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -23,68 +24,10 @@ from minisd.record.files import write_whole
 from minisd.tasks.nonfinite import first_nonfinite_layer
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
+from minisd.training.options import LoopConfig, Run
 from minisd.training.parallel import Processes
 from minisd.training.progress import Progress
 from minisd.training.state import load_state, save_state
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long and how fast a recipe learns.
-
-    Attributes:
-        steps: updates of the weights.
-        batch_size: examples per update, over all processes and micro-batches together.
-        accumulate: micro-batches per process and update; more need less memory, and change the result by rounding only.
-        lr: the learning rate of AdamW after the warm-up.
-        warmup: steps in which the rate rises linearly.
-        decay: what the rate does then: stays, or falls to 0 along half a cosine.
-        betas: of AdamW.
-        weight_decay: of matrices and kernels; norms, biases and embeddings have none.
-        clip: the most that the gradient's norm may be, for each network.
-        ema: the decay of the average of the weights; none when null.
-        precision: bfloat16 computes under autocast, with float32 weights.
-        seed: of everything random.
-    """
-
-    steps: int = 1000
-    batch_size: int = 32
-    accumulate: int = 1
-    lr: float = 1e-4
-    warmup: int = 100
-    decay: Literal["constant", "cosine"] = "constant"
-    betas: tuple[float, ...] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: float | None = 0.9999
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.steps < 1 or not self.lr > 0 or not self.clip > 0:
-            raise ValueError(f"steps={self.steps}, lr={self.lr}, clip={self.clip}: all of them are above 0")
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a training is carried out and watched. Nothing here changes a weight, but for rounding.
-
-    Attributes:
-        device: cpu, cuda … Under torchrun each process takes its own GPU.
-        save_every: steps between two states; a crash costs as many.
-        log_every: steps between two lines of the log.
-        sample_every: steps between two sheets of samples; 0 for none but the last.
-        quiet: no progress bar.
-    """
-
-    device: str = "cpu"
-    save_every: int = 500
-    log_every: int = 50
-    sample_every: int = 1000
-    quiet: bool = False
-
-
-RUN = Run()
 
 
 class Recipe(Protocol):
@@ -121,7 +64,8 @@ def train(
 
     folder: takes the state, the log and the pictures; a training that stands there is taken up where it was saved, and
     one that is finished is only loaded. settings: everything that the result depends on, as plain values; kept in
-    config.json, and a state of other settings is refused. Diverged (a ValueError) when the loss is not finite.
+    config.json, and a state of other settings is refused. Diverged (a ValueError) when the loss is not finite. After
+    Ctrl-C the step is finished and the state saved, then KeyboardInterrupt says so.
     """
     folder, device = Path(folder), group.device
     group.check(config.batch_size, config.accumulate)
@@ -146,7 +90,7 @@ def train(
         _write_json(folder / "config.json", settings)
     first, show = group.is_first, group.is_first and not run.quiet
     progress = Progress(folder, recipe.name, start, config.steps, config.batch_size, bar=show, write=first)
-    with deterministic(device), progress:
+    with deterministic(device), progress, whole_steps(group) as interrupted:
         for step in range(start, config.steps):
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(config, step)
@@ -177,8 +121,12 @@ def train(
             if due(done, run.sample_every):
                 with ema.applied():
                     progress.draw(done, recipe.sheet())
-            if due(done, run.save_every):
+            if due(done, run.save_every) or interrupted():
                 save_state(state, done, networks, optimizer, ema, settings)
+            if interrupted():
+                raise KeyboardInterrupt(
+                    f": {state} holds {done} of {config.steps} steps; the same command goes on there"
+                )
     ema.swap()
     networks.eval()
 
@@ -233,6 +181,28 @@ def _culprit(recipe: Recipe, again: list[Callable[[], dict]]) -> str:
     bad = [n for n, p in recipe.networks.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     # the backward pass runs from the last layer to the first
     return f"the gradient of {bad[-1]}" if bad else "what another process computed"
+
+
+@contextmanager
+def whole_steps(group: Processes) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the step first: the block asks the function it gets whether one came. A second Ctrl-C ends at once.
+
+    Several processes, which would not end at the same step, and threads other than the main one end at once.
+    """
+    if group.count > 1 or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came = []
+
+    def note(*_):
+        came.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

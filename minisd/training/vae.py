@@ -17,11 +17,14 @@ from minisd.images import grid, to_pil
 from minisd.models.vae import VAE
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
-from minisd.training.loop import RUN, LoopConfig, Run, train
+from minisd.training.loop import train
 from minisd.training.loss import adaptive_weight, gradient_loss, hinge_loss, kl_to_standard
+from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.patchgan import PatchDiscriminator
 from minisd.training.weights import seeded
+
+INITIAL_LOGVAR = -6.0  # of the latents: a standard deviation of 0.05
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class VAERecipe:
         self.pictures, self.config = pictures, config
         with seeded("vae", config.loop.seed):
             self.vae = VAE(replace(config.vae, scale_factor=1.0))
+            # noise as strong as the signal, which is what a fresh network gives, would drown channels for good
+            nn.init.constant_(self.vae.quant_conv.bias[config.vae.latent_channels :], INITIAL_LOGVAR)
             self.networks = nn.ModuleDict({"vae": self.vae})
             if config.gan_weight:
                 self.networks["discriminator"] = PatchDiscriminator(config.gan_channels, config.gan_layers)
