@@ -22,7 +22,6 @@ from tiny import (
     sparse_file,
 )
 
-from minisd.bench import in_own_process
 from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.files import CheckpointError, save_safetensors
 from minisd.checkpoints.keymaps import give, keymap
@@ -432,16 +431,7 @@ def test_building_draws_no_weights(monkeypatch):
 def test_tensors_that_keep_their_dtype_are_mapped_and_not_read(tmp_path):
     """4.3 GB in well under a gigabyte of memory."""
     path = sparse_file(tmp_path / "model.safetensors", manifest("sd-v1")["tensors"])
-    code = "from minisd.bench import resident; import torch; import minisd; minisd.load; before = resident()\n"
+    code = "from minisd.bench.process import resident; import torch; import minisd; minisd.load; before = resident()\n"
     code += f"sd = minisd.load({str(path)!r}); print(resident(peak=True) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert int(done.stdout) < 300e6
-
-
-def test_the_benchmark_measures_a_load_in_a_process_of_its_own(tmp_path):
-    save_checkpoint(checkpoint("SD1"), tmp_path / "a.safetensors")
-    measured = in_own_process("minisd", tmp_path / "a.safetensors")
-    kept = sum(t.numel() * 4 for n in checkpoint("SD1").networks.values() for t in n.state_dict().values())
-    assert measured["kept"] == kept
-    assert 0 < measured["load"] < measured["use"]
-    assert measured["peak"] > kept

@@ -32,8 +32,13 @@ TRAININGS = {
     "training:train_mini": "A whole model from nothing: autoencoder, CLIP, U-Net.",
     "training:train_ddpm": "A DDPM on pixels, the smallest lesson.",
 }
-BENCHES = {"study:bench_load": "Time and memory of loading a checkpoint."}
-USAGE = {"txt2img": "txt2img [OPTIONS] PROMPT...", "schedules": "plot schedules [OPTIONS] [NAME...]"}
+BENCHES = {
+    "bench:bench_unet": "Time and memory of one guided step of the U-Net.",
+    "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
+    "bench:bench_load": "Time and memory of loading a checkpoint.",
+}
+# By what is typed after "minisd".
+USAGE = {"txt2img": "txt2img [OPTIONS] PROMPT...", "plot schedules": "plot schedules [OPTIONS] [NAME...]"}
 EXAMPLES = {
     "txt2img": [
         'minisd txt2img "a red apple" --out apple.png',
@@ -47,17 +52,23 @@ EXAMPLES = {
     "replay": ["minisd replay apple.png", "minisd replay apple.png --checkpoint moved/model.safetensors"],
     "inspect": ["minisd inspect model.safetensors", "minisd inspect model.ckpt --verify --json"],
     "convert": ["minisd convert model.ckpt model.safetensors --dtype float16", "minisd convert model.ckpt folder"],
-    "schedules": ["minisd plot schedules linear cosine scaled_linear-zsnr --out schedules.svg"],
-    "noising": ["minisd plot noising cat.jpg --schedules linear cosine"],
-    "trajectory": ['minisd plot trajectory "a red apple" --steps 20 --panels 8'],
-    "mini": [
+    "plot schedules": ["minisd plot schedules linear cosine scaled_linear-zsnr --out schedules.svg"],
+    "plot noising": ["minisd plot noising cat.jpg --schedules linear cosine"],
+    "plot trajectory": ['minisd plot trajectory "a red apple" --steps 20 --panels 8'],
+    "train mini": [
         "minisd train mini emoji",
         "minisd train mini emoji --set unet.loop.steps=1000 unet.model.prediction=eps --out quick",
         "torchrun --nproc-per-node 2 -m minisd train mini emoji",
     ],
-    "ddpm": ["minisd train ddpm flowers --set size=64 schedule.kind=cosine"],
-    "load": ["minisd bench load --dtype float16 --runs 5"],
-    "attention": ['minisd plot attention "a red apple on a blue table"'],
+    "train ddpm": ["minisd train ddpm flowers --set size=64 schedule.kind=cosine"],
+    "bench unet": [
+        "minisd bench unet --dtype bfloat16 --peers diffusers --json unet.json",
+        "minisd bench unet --size 256,512,768,1024 --plot growth.png",
+        "minisd bench unet --batch 1,2,4,8 --device cuda --dtype float16 --peers diffusers,diffusers-compiled",
+    ],
+    "bench vae": ["minisd bench vae --dtype bfloat16 --pairs 7"],
+    "bench load": ["minisd bench load --dtype float16"],
+    "plot attention": ['minisd plot attention "a red apple on a blue table"'],
 }
 
 
@@ -75,20 +86,23 @@ def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
     )
     for place, (path, line) in enumerate(commands.items()):
         command = path.rpartition(":")[2].rpartition("_")[2]
-        examples = "\n".join(f"  {example}" for example in EXAMPLES.get(command, ()))
+        typed = command if name == "minisd" else f"{name} {command}"
+        examples = "\n".join(f"  {example}" for example in EXAMPLES.get(typed, ()))
         app.command(
             f"minisd.cli.{path}",
             name=command,
             help=line,
             sort_key=place,
-            usage=f"Usage: minisd {USAGE[command]}" if command in USAGE else None,
+            usage=f"Usage: minisd {USAGE[typed]}" if typed in USAGE else None,
             help_epilogue=f"Examples:\n{examples}" if examples else None,
         )
     return app
 
 
 def _shown_default(value) -> str | None:
-    return None if value in (None, "", ()) or value is False else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or None
+    return None if value in (None, "") or value is False else str(value)
 
 
 app = _app(

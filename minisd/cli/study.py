@@ -1,9 +1,9 @@
-"""The commands that draw figures and measure."""
+"""The commands that draw figures."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -131,15 +131,3 @@ def _sampling(
 
     (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
     return sampling
-
-
-def bench_load(*, dtype: Literal["float32", "float16"] = "float32", runs: int = 3) -> None:
-    """Time and peak memory of loading a full-size SD1 file with random weights, beside diffusers' if installed.
-
-    Args:
-        dtype: of the weights in the file.
-        runs: how often each is measured.
-    """
-    from minisd.bench import bench_load as measure
-
-    measure(dtype=dtype, runs=runs)

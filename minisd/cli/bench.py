@@ -1,0 +1,58 @@
+"""The commands that measure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from minisd.bench.options import Options, Pictures
+from minisd.cli.output import check_target
+
+if TYPE_CHECKING:
+    from minisd.bench.report import Report
+
+Flat = Parameter(name="*")  # a dataclass's fields as options of their own names
+
+
+def bench_unet(*, options: Annotated[Pictures, Flat] = Pictures()) -> int:
+    """Time and memory of one guided step of Stable Diffusion 1's U-Net with random weights."""
+    check(options)
+    from minisd.bench.unet import bench_unet as measure
+
+    return publish([measure(options)], options)
+
+
+def bench_vae(*, options: Annotated[Pictures, Flat] = Pictures()) -> int:
+    """Time and memory of decoding and encoding pictures with Stable Diffusion 1's VAE and random weights."""
+    check(options)
+    from minisd.bench.vae import bench_vae as measure
+
+    return publish([measure(options)], options)
+
+
+def bench_load(*, options: Annotated[Options, Flat] = Options()) -> int:
+    """Time and memory of loading a full-size Stable Diffusion 1 file with random weights of --dtype."""
+    check(options)
+    from minisd.bench.load import bench_load as measure
+
+    return publish([measure(options)], options)
+
+
+def check(options: Options) -> None:
+    """ValueError for what could not be measured or written, said before minutes are spent."""
+    from minisd.cli.options import Model
+    from minisd.cli.study import check_figure
+
+    options.check()
+    Model(device=options.device).check()
+    if options.json is not None:
+        check_target(options.json, overwrite=None)
+    if options.plot is not None:
+        check_figure(options.plot)
+
+
+def publish(reports: list[Report], options: Options) -> int:
+    from minisd.bench.report import publish
+
+    return publish(reports, options)

@@ -1,0 +1,266 @@
+"""The benchmarks on tiny models: what they say, and that a wrong result is said to be wrong. Nothing here is timed."""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY
+
+from minisd.bench import load, pairs, unet, vae
+from minisd.bench.compare import compare
+from minisd.bench.machine import machine
+from minisd.bench.options import Options, Pictures
+from minisd.bench.pairs import Measured, Result, distance, interval
+from minisd.bench.peers import chosen
+from minisd.bench.process import Failed, Worker, alone, resident
+from minisd.bench.report import Report, publish
+from minisd.bench.weights import write_random_folder
+from minisd.cli import main
+from minisd.config import SD1
+
+CONFIG = TINY["SD1"]
+ALONE = Pictures(peers=("none",), pairs=2, size=(32,))
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("random")
+    write_random_folder(place, CONFIG)
+    return place
+
+
+CASES = [
+    unet.Step(CONFIG, 32, 2, "float32"),
+    vae.Coding(CONFIG, "decode", 32, 2, "float32"),
+    vae.Coding(CONFIG, "encode", 32, 2, "float32"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=["unet", "decode", "encode"])
+def test_minisd_and_diffusers_are_measured_on_the_same_arithmetic(case, folder):
+    pytest.importorskip("diffusers")
+    subject = unet if isinstance(case, unet.Step) else vae
+    with torch.no_grad():
+        ours, theirs = (subject.CONTENDERS[name](folder, case)().numpy() for name in ("minisd", "diffusers"))
+        again = subject.CONTENDERS["minisd"](folder, replace(case, dtype="bfloat16"))()
+    assert ours.std() > 0.05  # the random network passes a signal on
+    assert distance(ours, theirs) < 2e-5
+    assert again.dtype == torch.bfloat16
+    assert 1e-4 < distance(again.float().numpy(), theirs) < 0.05  # bfloat16 has 8 bits
+
+
+def test_operations_are_counted_at_the_official_size_without_computing():
+    """1.61 TFLOP for a guided step of SD1 at 512², 2.51 for a decoding; twice the pictures, twice the operations."""
+    assert unet.Step(SD1, 512, 1, "bfloat16").flop() == pytest.approx(1.61e12, rel=0.005)
+    assert vae.Coding(SD1, "decode", 512, 1, "float32").flop() == pytest.approx(2.51e12, rel=0.005)
+    assert unet.Step(CONFIG, 32, 4, "float32").flop() == 4 * unet.Step(CONFIG, 32, 1, "float32").flop()
+
+
+def test_the_random_weights_are_the_same_every_time(folder, tmp_path):
+    write_random_folder(tmp_path, CONFIG, ("unet",))
+    file = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+    assert not (tmp_path / "vae").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def broken():
+    raise ValueError("of no use\nat all")
+
+
+def hungry():
+    held = torch.ones(50_000_000)
+    return lambda: held[:1]
+
+
+def test_a_worker_runs_times_and_weighs_a_program_in_its_own_process():
+    before = resident()
+    with Worker(hungry) as worker:
+        assert worker.output().tolist() == [1.0]
+        assert 0 < worker.seconds() < 1
+        assert worker.peak() >= 200e6
+    assert resident() - before < 150e6
+
+
+def test_what_fails_in_a_worker_is_told_in_one_sentence():
+    with pytest.raises(Failed, match=r"^ValueError: of no use$"):
+        alone(broken)
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_the_interval_of_the_median_is_the_binomial_one():
+    assert interval([3.0]) == (3, 3, 3)
+    assert interval([1, 2, 3, 4, 5]) == (3, 1, 5)  # covers 1 - 2/32 = 94 %
+    assert interval([8, 1, 7, 2, 6, 3, 5, 4]) == (4.5, 2, 7)  # 1 - 2·(1 + 8)/256 = 93 %
+    draws, rng = [], np.random.default_rng(0)
+    for _ in range(2000):
+        _, low, high = interval(list(rng.standard_exponential(9)))
+        draws.append(low <= math.log(2) <= high)
+    assert sum(draws) >= 0.9 * len(draws)
+
+
+def test_ratios_are_taken_pair_by_pair_and_the_report_keeps_the_largest():
+    one = Measured({"size": 1}, {"minisd": Result([1, 2, 9]), "peer": Result([2, 4, 6]), "gone": Result(failed="no")})
+    two = Measured({"size": 2}, {"minisd": Result([3, 3, 3]), "peer": Result([4, 4, 4])})
+    assert one.ratios() == {"peer": (0.5, 0.5, 1.5)}
+    assert report(one, two).ratios() == {"peer": 0.75}
+
+
+def test_a_wrong_result_is_said_to_be_wrong(capsys):
+    def case(ours, judge):
+        return Measured({"size": 8}, {"minisd": Result([1], 1, ours), "diffusers": Result([1], 1, judge)})
+
+    assert report(case(1.9e-5, 0.0)).wrong() == []
+    assert "minisd is 2.1e-05 from the float32 result" in report(case(2.1e-5, 0.0)).wrong()[0]
+    assert report(case(1.05e-2, 1e-2), dtype="bfloat16").wrong() == []
+    for off in (1.2e-2, float("nan"), float("inf")):
+        found = report(case(off, 1e-2), dtype="bfloat16")
+        assert found.wrong()
+        json.dumps(found.as_json(), allow_nan=False)
+        assert publish([found], found.options) == 1
+        assert "WRONG RESULT" in capsys.readouterr().out
+
+
+def report(*cases, dtype="float32"):
+    return Report("unet", "a step", machine(), Options(dtype=dtype), list(cases))
+
+
+# ------------------------------------------------------------------------------------------------------ from end to end
+
+
+def test_a_benchmark_prints_a_table_and_writes_json_and_a_picture(tmp_path, capsys, monkeypatch):
+    options = replace(ALONE, json=tmp_path / "a.json", plot=tmp_path / "a.png")
+    monkeypatch.setattr(unet, "compare", partial(compare, matmul_side=64))
+    assert publish([unet.bench_unet(options, CONFIG)], options) == 0
+    out = capsys.readouterr().out
+    assert "| size | batch |" in out
+    assert f"torch {torch.__version__}" in out
+    found = json.loads(options.json.read_text())
+    assert [(case["size"], case["batch"]) for case in found["cases"]] == [(32, 1)]
+    assert found["ratios"] == {}
+    for case in found["cases"]:
+        ours = case["results"]["minisd"]
+        assert len(ours["seconds"]) == 2
+        assert ours["median"] == statistics.median(ours["seconds"])
+        assert ours["peak"] > 0
+        assert case["peak_flops"] > 0
+    assert options.plot.stat().st_size > 10_000
+
+
+class Here:
+    """A Worker that stays in this process, and notes its turns."""
+
+    turns: ClassVar[list] = []
+
+    def __init__(self, make, device):
+        self.run = make()
+
+    def output(self):
+        return self.run().numpy()
+
+    def seconds(self):
+        self.turns.append(float(self.run().flatten()[0]))
+        return 1.0
+
+    def peak(self):
+        return 7
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def gives(value):
+    return lambda folder, case: partial(torch.full, (3,), value)
+
+
+def absent(folder, case):
+    raise Failed("OSError: there is no such thing")
+
+
+def test_peers_take_turns_and_one_that_fails_stops_nobody(monkeypatch):
+    monkeypatch.setattr(pairs, "Worker", Here)
+    programs = {"minisd": gives(1.1), "diffusers": gives(2.0), "other": absent}
+    measured = partial(pairs.measure, unet.Step(CONFIG, 8, 1, "float32"), folder=None, options=ALONE, matmul_side=8)
+    found = measured(programs, reference=programs["diffusers"]).results
+    assert [round(x, 1) for x in Here.turns if round(x, 1) in (1.1, 2.0)] == [1.1, 2.0, 2.0, 1.1]
+    assert found["minisd"].distance == pytest.approx(0.9 / 2)
+    assert found["diffusers"].distance == 0
+    assert (found["minisd"].seconds, found["minisd"].peak) == ([1.0, 1.0], 7)
+    assert (found["other"].failed, found["other"].seconds) == ("OSError: there is no such thing", [])
+    with pytest.raises(Failed, match="no such thing"):
+        measured({"minisd": absent})
+
+
+def test_half_precision_is_held_against_the_judge_in_float32(monkeypatch):
+    monkeypatch.setattr(pairs, "Worker", Here)
+
+    def judge(folder, case):
+        return gives({"float32": 1.0, "bfloat16": 0.75}[case.dtype])(folder, case)
+
+    case = unet.Step(CONFIG, 8, 1, "bfloat16")
+    programs = {"minisd": gives(0.5), "diffusers": judge}
+    found = pairs.measure(case, programs, None, ALONE, reference=judge, matmul_side=8).results
+    assert (found["minisd"].distance, found["diffusers"].distance) == (0.5, 0.25)
+
+
+def test_loading_is_measured_in_fresh_processes():
+    options = Options(dtype="float16", peers=("none",), pairs=1)
+    found = load.bench_load(options, CONFIG)
+    ours = found.cases[0].results["minisd"]
+    assert "loaded as float32" in found.what
+    assert 0 < ours.seconds[0] < ours.more["quickest, every weight used"]
+    assert ours.peak > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- misuse
+
+
+def test_peers_are_those_that_were_asked_for():
+    assert list(chosen(unet.CONTENDERS, ("none",))) == ["minisd"]
+    assert "diffusers-compiled" not in chosen(unet.CONTENDERS, None)  # minutes of compiling: only where it is named
+    with pytest.raises(ValueError, match="unknown peer 'diffuser'; known here: none, diffusers"):
+        chosen(unet.CONTENDERS, ("diffuser",))
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert list(chosen(unet.CONTENDERS, None)) == ["minisd"]
+    with pytest.raises(ValueError, match="the peer openvino is not installed: pip install openvino"):
+        chosen(unet.CONTENDERS, ("openvino",))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("unet --pairs 0", "pairs is 0: give 1 or more"),
+        ("unet --size 500", "size 500 is not a multiple of 8"),
+        ("vae --batch 0,1", "batch is '0,1'"),
+        ("vae --size ,", "size is ''"),
+        ("vae --size 512,x", "Invalid value"),
+        ("unet --peers nobody", "unknown peer 'nobody'"),
+        ("unet --json .", "is a folder"),
+        ("unet --plot a.bmp", "a figure is saved as"),
+        ("load --device cuda:77", "cannot be used"),
+    ],
+)
+def test_misuse_is_told_before_anything_is_made(line, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *line.split()]) in (1, 2)
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
