@@ -172,6 +172,7 @@ class CLIPTextConfig:
     skip: how many of the last blocks the context leaves out (SD2: 1, "penultimate"); the final norm is always applied.
     pad_id: what the tokenizer fills a prompt up with (SD1 repeats EOS, SD2 uses 0), dialect: whose tokenizer it is.
     projection_dim: width of the shared image-text space, None where the file has no projection.
+    unknown_id: an id whose row of the token embedding is also that of every id the model was never taught.
     """
 
     vocab_size: int = 49408
@@ -187,6 +188,7 @@ class CLIPTextConfig:
     eos_id: int = 49407
     pad_id: int = 49407
     dialect: Literal["openai", "open_clip"] = "openai"
+    unknown_id: int | None = None
     norm_eps: float = 1e-5
 
 

@@ -94,8 +94,11 @@ class StableDiffusion:
     # ----------------------------------------------------------------------------- the parts that tasks are made of
 
     def encode_prompt(self, prompts: str | Sequence[str], settings: Settings | None = None) -> Conditioning:
-        """The context of prompts as the U-Net wants it, 'b l d'."""
+        """The context of prompts as the U-Net wants it, 'b l d'. Warns of words that the model was never taught."""
         settings = settings or Settings()
+        if unknown := self.unknown_words(prompts):
+            words = ", ".join(map(repr, unknown))
+            warnings.warn(f"{self.config.name} was never taught {words}: nothing is drawn of it", stacklevel=2)
 
         def text_encoder(ids: Tensor) -> Tensor:
             return self.text_encoder(ids, skip=settings.clip_skip)
@@ -110,6 +113,19 @@ class StableDiffusion:
         if not context.isfinite().all():
             raise nonfinite_error("text encoder", self.text_encoder, encode)
         return Conditioning(context.to(self.dtype))
+
+    def unknown_words(self, prompts: str | Sequence[str]) -> list[str]:
+        """The words of prompts that have no embedding of their own; only models of small vocabularies have such."""
+        if (unknown_id := self.config.text.unknown_id) is None:
+            return []
+        table = self.text_encoder.token_embedding.weight
+        words = {
+            word: ids
+            for text in ([prompts] if isinstance(prompts, str) else prompts)
+            for word, ids in self.tokenizer.words(text)
+            if any(map(str.isalnum, word))
+        }
+        return [word for word, ids in words.items() if (table[ids] == table[unknown_id]).all(1).any()]
 
     def guided_model(self, cond: Conditioning, uncond: Conditioning | None, settings: Settings) -> Model:
         """The U-Net as a sampler's model (x_t, t): guided, and ε, v or x_0 told apart."""
@@ -244,9 +260,9 @@ def load(
     what the model is, for shapes that no official model has. dtype: None keeps the file's, but float16 on a CPU becomes
     float32, which is announced. Nothing is fetched, and no code in a file is run.
     """
-    path, promoted = mini_model() if path is None else path, set()
+    promoted: set[torch.dtype] = set()
     checkpoint = load_checkpoint(
-        path,
+        mini_model() if path is None else path,
         weights=weights,
         prediction=prediction,
         vae=vae,
@@ -254,7 +270,8 @@ def load(
         cast=_cast(dtype, device, promoted),
         device=device,
     )
-    _announce(promoted, path)
+    if path is not None:
+        _announce(promoted, path)
     return StableDiffusion(checkpoint)
 
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
+from minisd.checkpoints.files import CheckpointError, folded, open_tensors, save_safetensors
 from minisd.checkpoints.files.entries import SAFETENSORS_NAMES, STORAGE_DTYPES, TORCH_DTYPES
 
 DATA = Path(__file__).parent / "data"
@@ -198,6 +198,29 @@ def test_views_and_shared_tensors_are_saved_by_value(tmp_path):
     }
     save_safetensors(tmp_path / "x", tensors)
     assert all(same_bits(open_tensors(tmp_path / "x")[name], t.resolve_conj()) for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_folded_table_is_read_whole_and_is_as_small_as_its_distinct_rows(tmp_path, dtype):
+    distinct = torch.randn(5, 64).to(dtype)
+    table = distinct[torch.randint(5, (1000,), generator=torch.Generator().manual_seed(0))]
+    save_safetensors(tmp_path / "x", folded("a", table) | {"b": table})
+    file = open_tensors(tmp_path / "x")
+    assert sorted(file) == ["a", "b"]
+    assert file.shape("a") == (1000, 64)
+    assert file.verify()
+    assert same_bits(file["a"], table)
+    assert same_bits(file.read("a", torch.float64), table.double())
+    assert sum(t.numel() for t in folded("a", table).values()) == 5 * 64 + 1000
+
+
+@pytest.mark.parametrize("rows", [[0, 5], [-1], [[0]], [0.0]])
+def test_a_damaged_folded_table_is_refused(tmp_path, rows):
+    rows = torch.tensor(rows)
+    rows = rows if rows.is_floating_point() else rows.int()
+    save_safetensors(tmp_path / "x", {"a": torch.zeros(5, 2), "a.minisd_rows": rows})
+    with pytest.raises(CheckpointError, match=r"x: .*(points beyond the 5 rows of a: damaged|no folded table)"):
+        open_tensors(tmp_path / "x")["a"]
 
 
 def test_a_file_can_be_saved_over_itself_while_mapped(tmp_path):

@@ -2,19 +2,23 @@
 
 import json
 import math
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_tiny import DDPM, LOOP, MINI, MODEL, RUN, frozen_networks, pictures, train_recipe
 
 import minisd
+from minisd.checkpoints.load import load_checkpoint
+from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ScheduleConfig, VAEConfig, from_dict
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.vae import VAE, DiagonalGaussian
-from minisd.pipeline import build_schedule
+from minisd.pipeline import StableDiffusion, build_schedule
 from minisd.training.clip import CLIPRecipe, train_clip
 from minisd.training.data import Augmentation, Pictures
 from minisd.training.ddpm import DDPMRecipe, load_ddpm, train_ddpm
@@ -383,10 +387,37 @@ def test_the_whole_recipe_gives_a_model_that_loads_and_draws(tmp_path):
     assert sd.config.prediction == "v"
     assert sd.config.vae.scale_factor != 1
     assert sd.vision_encoder is not None
-    assert sd.txt2img("a red disc", steps=2)[0].size == (16, 16)
+    assert sd.txt2img("a red disc, size 1", steps=2)[0].size == (16, 16)
     before = (tmp_path / "mini.safetensors").read_bytes()
     train_mini(pictures(), tmp_path, MINI, RUN)
     assert (tmp_path / "mini.safetensors").read_bytes() == before
+
+
+def test_the_models_file_holds_each_row_of_the_token_embedding_once_and_conversion_unfolds_it(tmp_path):
+    made = train_mini(pictures(), tmp_path, MINI, RUN)
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    table = made.networks["text"].token_embedding.weight
+    folded = load_file(tmp_path / "mini.safetensors")
+    assert folded[name].shape[0] < 40 < 49408 == len(folded[name + ".minisd_rows"])
+    assert "unknown" not in " ".join(load_checkpoint(tmp_path / "mini.safetensors").report)
+    for layout in ("ldm", "diffusers"):
+        save_checkpoint(
+            load_checkpoint(tmp_path / "mini.safetensors"), tmp_path / f"{layout}.safetensors", layout=layout
+        )
+        again = load_checkpoint(tmp_path / f"{layout}.safetensors")
+        assert torch.equal(again.networks["text"].token_embedding.weight, table.half())
+        assert again.config.text.unknown_id == made.config.text.unknown_id
+    assert load_file(tmp_path / "ldm.safetensors")[name].shape == table.shape
+
+
+def test_a_prompt_of_words_that_no_caption_had_is_drawn_with_a_warning_that_names_them(tmp_path):
+    sd = StableDiffusion(train_mini(pictures(), tmp_path, MINI, RUN))
+    with pytest.warns(UserWarning, match="never taught 'xylophone': nothing is drawn of it") as warned:
+        sd.encode_prompt("a (blue) xylophone, sks disc")
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.encode_prompt(["a blue disc", ""])
 
 
 def test_the_plan_of_the_mini_model_fits_forty_megabytes_without_the_unused_rows():

@@ -147,7 +147,7 @@ def _agree(opened: Opened, name: str, said) -> None:
     part = opened.contents.parts[name]
     same = said
     if name == "text" and said is not None:  # diffusers holds neither the last block nor the projection
-        unshown = ("pad_id", "bos_id", "eos_id", "dialect", "projection_dim")
+        unshown = ("pad_id", "bos_id", "eos_id", "dialect", "unknown_id", "projection_dim")
         same = replace(said, layers=said.layers - said.skip, skip=0)
         same = replace(same, **{field: getattr(part.config, field) for field in unshown})
     if name == "unet" and said is not None and said.plan() == part.config.plan():  # heads by number or by width

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER, SUBFOLDERS, WEIGHTS
 from minisd.checkpoints.diffusers_write import folder_files
-from minisd.checkpoints.files import save_safetensors
+from minisd.checkpoints.files import folded, save_safetensors
 from minisd.checkpoints.keymaps import KeyMap, give, keymap
 from minisd.checkpoints.load import Checkpoint
 from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY
@@ -24,9 +24,12 @@ from minisd.config import PRESETS, ModelConfig
 Layout = Literal["ldm", "diffusers"]
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike, *, layout: Layout = "ldm") -> list[str]:
+def save_checkpoint(
+    checkpoint: Checkpoint, path: str | os.PathLike, *, layout: Layout = "ldm", fold: bool = False
+) -> list[str]:
     """Write the whole model: one .safetensors file ("ldm") or a diffusers folder, with its config in the metadata.
 
+    fold: of "ldm", store equal rows of the token embedding once; minisd alone reads such a file, and converts it.
     An old file is replaced only once the new one is complete; an existing folder that is not empty is refused.
     Returns lines that say what was written and what the layout holds only in the extra file.
 
@@ -35,13 +38,13 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike, *, layout: 
     mean and deviation, which no single file holds) unless the model came from a folder that has it.
     """
     if layout == "ldm":
-        return _save_file(checkpoint, Path(path))
+        return _save_file(checkpoint, Path(path), fold)
     if layout == "diffusers":
         return _save_folder(checkpoint, Path(path))
     raise ValueError(f"layout={layout!r}; allowed: ldm, diffusers")
 
 
-def _save_file(checkpoint: Checkpoint, path: Path) -> list[str]:
+def _save_file(checkpoint: Checkpoint, path: Path, fold: bool) -> list[str]:
     if path.is_dir():
         raise ValueError(
             f'{path} is a folder; layout "ldm" is one file: give a name such as {path / "model.safetensors"}'
@@ -51,6 +54,9 @@ def _save_file(checkpoint: Checkpoint, path: Path) -> list[str]:
     tensors = dict(checkpoint.extras)
     for name, network in checkpoint.networks.items():
         tensors |= ldm_tensors(name, network)
+    if fold:
+        (name,) = ldm_tensors("text", checkpoint.networks["text"], keep={"token_embedding.weight"})
+        tensors |= folded(name, tensors[name])
     save_safetensors(path, tensors, metadata(checkpoint))
     return [f"{path}: {len(tensors)} tensors, original layout"]
 

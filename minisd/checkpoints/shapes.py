@@ -27,7 +27,7 @@ UNSEEN = {
         "layer_norm_eps",
     ],
     "vae": ("scale_factor", "norm_groups", "norm_eps", "logvar_range"),
-    "text": ("heads", "activation", "skip", "bos_id", "eos_id", "pad_id", "dialect", "norm_eps"),
+    "text": ("heads", "activation", "skip", "bos_id", "eos_id", "pad_id", "dialect", "unknown_id", "norm_eps"),
     "vision": ("heads", "activation", "norm_eps"),
     "control": (),
 }

@@ -73,6 +73,13 @@ class Tokenizer:
         """The ids of a text of any length, without BOS, EOS or padding."""
         return [i for _, ids in self._words(clean(text)) for i in ids]
 
+    def words(self, text: str) -> list[tuple[str, list[int]]]:
+        """The words of a text, cleaned, each with its ids."""
+        cleaned = clean(text)
+        found = [(start, list(ids)) for start, ids in self._words(cleaned)]
+        ends = [*(start for start, _ in found[1:]), len(cleaned)]
+        return [(cleaned[start:end].strip(), ids) for (start, ids), end in zip(found, ends, strict=False)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text that the ids spell, as CLIP reads it: lower case, a space after every word ("isn 't", "1 2").
 

@@ -149,6 +149,6 @@ def full_text(text: CLIPText, rows: Rows, config: CLIPTextConfig) -> CLIPText:
     """The text tower with a row for every id of CLIP."""
     state = text.state_dict() | {"token_embedding.weight": rows.expand(text.token_embedding.weight.detach())}
     with torch.device("meta"):
-        full = CLIPText(replace(config, projection_dim=text.config.projection_dim))
+        full = CLIPText(replace(config, unknown_id=rows.unknown_id))
     full.load_state_dict(state, assign=True)
     return full.requires_grad_(False).eval()

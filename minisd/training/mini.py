@@ -105,7 +105,7 @@ def train_mini(
     checkpoint = Checkpoint(model, networks, {}, [], evidence, global_step=config.unet.loop.steps)
     if group.is_first:
         saved = {name: in_half(network) for name, network in networks.items()} if config.half else networks
-        save_checkpoint(replace(checkpoint, networks=saved), folder / "mini.safetensors")
+        save_checkpoint(replace(checkpoint, networks=saved), folder / "mini.safetensors", fold=True)
         text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
         write_whole(folder / "mini.json", lambda file: file.write(text.encode()))
     return checkpoint

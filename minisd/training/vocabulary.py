@@ -39,6 +39,12 @@ class Rows:
     def unknown(self) -> int:
         return len(self.ids)
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The first id that has no row of its own; None where every id has one."""
+        ids = set(self.ids)
+        return next((i for i in range(self.vocab_size) if i not in ids), None)
+
     @cached_property
     def row_of_id(self) -> Tensor:
         """The row of every id, LongTensor 'vocab_size'."""

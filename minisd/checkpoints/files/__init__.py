@@ -6,6 +6,7 @@ import difflib
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from minisd.checkpoints.files.identify import what_is, why_unreadable
 from minisd.checkpoints.files.mapped import MappedFile
 from minisd.checkpoints.files.safe import read_safetensors, save_safetensors, verify_safetensors
 
-__all__ = ["CheckpointError", "Entry", "TensorFile", "open_tensors", "save_safetensors"]
+__all__ = ["CheckpointError", "Entry", "TensorFile", "folded", "open_tensors", "save_safetensors"]
 
 MAX_NAME = 2000  # characters; long keys on every level would multiply
+ROWS = ".minisd_rows"  # NAME + ROWS says which row of NAME stands at each place of a folded table
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
@@ -59,7 +61,8 @@ class TensorFile(Mapping[str, Tensor]):
     Names: those of the mapping under "state_dict" if the file has one, else of everything in it; tensors in nested
     containers have the path as their name, joined by dots (a bare tensor: ""). `tree` is the whole content with
     `Entry`s for tensors, `extra` its plain values at the top (global_step, epoch, ...), `metadata` the text that
-    safetensors files carry, `dropped` the names of pickled objects that were not built.
+    safetensors files carry, `dropped` the names of pickled objects that were not built. A table that `folded` made
+    small is seen at its full size.
     """
 
     def __init__(self, path: str, file: MappedFile, content: Content):
@@ -69,17 +72,19 @@ class TensorFile(Mapping[str, Tensor]):
         plain = str | int | float | bytes
         self.extra = {name: value for name, value in top.items() if isinstance(value, plain) or value is None}
         state = top.get("state_dict")
-        self.entries: dict[str, Entry] = {}
+        self._stored: dict[str, Entry] = {}
         for name, entry in flatten(state if isinstance(state, dict) else content.tree, ""):
-            if self.entries.setdefault(name, entry) is not entry:
+            if self._stored.setdefault(name, entry) is not entry:
                 raise Malformed(f"two tensors have the name {name!r}")
+        seen = (name for name in self._stored if not self._is_rows(name))
+        self.entries = {name: self._unfolded(name, self._stored[name]) for name in seen}
         if self.dropped and not self.entries:
             objects = ", ".join(self.dropped[:3])
             raise Malformed(f"it holds pickled objects ({objects}) and no tensors: save a state_dict() instead")
         self._file, self._checksums = file, content.checksums
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file.view(self.entry(name))
+        return self._gather(name) if name + ROWS in self._stored else self._file.view(self.entry(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -110,7 +115,27 @@ class TensorFile(Mapping[str, Tensor]):
 
     def read(self, name: str | Entry, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor of its own, converted on the way; memory beyond the result stays within a few MiB."""
+        if isinstance(name, str) and name + ROWS in self._stored:
+            return self._gather(name).to(dtype)
         return self._file.read(name if isinstance(name, Entry) else self.entry(name), dtype)
+
+    def _is_rows(self, name: str) -> bool:
+        return name.endswith(ROWS) and name.removesuffix(ROWS) in self._stored
+
+    def _unfolded(self, name: str, entry: Entry) -> Entry:
+        """The entry with the shape that the whole table has."""
+        rows = self._stored.get(name + ROWS)
+        if rows is None:
+            return entry
+        if rows.dtype != torch.int32 or len(rows.shape) != 1 or len(entry.shape) != 2:
+            raise Malformed(f"{name} and {name + ROWS} are no folded table: shapes {entry.shape} and {rows.shape}")
+        return replace(entry, shape=(*rows.shape, *entry.shape[1:]))
+
+    def _gather(self, name: str) -> Tensor:
+        table, rows = self._file.read(self._stored[name]), self._file.read(self._stored[name + ROWS])
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(table):
+            raise CheckpointError(f"{self.path}: {name + ROWS} points beyond the {len(table)} rows of {name}: damaged")
+        return table[rows]
 
     def verify(self) -> bool:
         """Read the whole file against its checksums; CheckpointError where they differ, False if it has none."""
@@ -123,9 +148,18 @@ class TensorFile(Mapping[str, Tensor]):
         if self._checksums:
             return True
         try:
-            return verify_safetensors(self._file, self.entries, self.metadata)
+            return verify_safetensors(self._file, self._stored, self.metadata)
         except Malformed as error:
             raise CheckpointError(f"{self.path}: {error}") from error
+
+
+def folded(name: str, table: Tensor) -> dict[str, Tensor]:
+    """A table 'n d' of which many rows are equal, as two small tensors: each row once, and which of them stands where.
+
+    Exact. `TensorFile` shows the whole table again; other programs do not, so such files are only for our own.
+    """
+    rows, places = table.unique(dim=0, return_inverse=True)
+    return {name: rows, name + ROWS: places.int()}
 
 
 def flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Entry]]:
