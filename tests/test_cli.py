@@ -18,7 +18,7 @@ from PIL import Image
 from minisd import tasks
 from minisd.checkpoints.load import load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
-from minisd.cli import BENCHES, COMMANDS, PLOTS, TRAININGS, main
+from minisd.cli import BENCHES, COMMANDS, EVALUATIONS, PLOTS, TRAININGS, main
 from minisd.cli.options import Model
 from minisd.cli.output import Output, Preview, Strip
 from minisd.config import Settings
@@ -26,7 +26,7 @@ from minisd.record.arguments import Txt2Img
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "2"]
-ALL = [path.rpartition(":")[2].replace("_", " ") for path in [*COMMANDS, *PLOTS, *TRAININGS, *BENCHES]]
+ALL = [path.rpartition(":")[2].replace("_", " ") for path in [*COMMANDS, *PLOTS, *TRAININGS, *EVALUATIONS, *BENCHES]]
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ TRAININGS = {
     "training:train_mini": "A whole model from nothing: autoencoder, CLIP, U-Net.",
     "training:train_ddpm": "A DDPM on pixels, the smallest lesson.",
 }
+EVALUATIONS = {"evaluate:eval_mini": "A model trained on the emoji: what it keeps, understands and draws."}
 BENCHES = {
     "bench:bench_unet": "Time and memory of one guided step of the U-Net.",
     "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
@@ -61,6 +62,7 @@ EXAMPLES = {
         "torchrun --nproc-per-node 2 -m minisd train mini emoji",
     ],
     "train ddpm": ["minisd train ddpm flowers --set size=64 schedule.kind=cosine"],
+    "eval mini": ["minisd eval mini --data emoji", "minisd eval mini --checkpoint mini/mini.safetensors --steps 50"],
     "bench unet": [
         "minisd bench unet --dtype bfloat16 --peers diffusers --json unet.json",
         "minisd bench unet --size 256,512,768,1024 --plot growth.png",
@@ -114,6 +116,7 @@ app = _app(
 )
 app.command(_app("plot", "Figures to study diffusion by.", PLOTS, sort_key=100))
 app.command(_app("train", "Teach models, from nothing or a subject.", TRAININGS, sort_key=99))
+app.command(_app("eval", "Measure how good a model is.", EVALUATIONS, sort_key=100))
 app.command(_app("bench", "Measure minisd, beside its peers where they are installed.", BENCHES, sort_key=101))
 
 

@@ -45,9 +45,13 @@ def find_input(file: File, folder: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """ "sha256:…" of a whole file."""
+    """ "sha256:…" of a whole file, of any size."""
+    digest = hashlib.sha256()
     try:
-        return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as data:
+            while block := data.read(1 << 20):
+                digest.update(block)
+        return "sha256:" + digest.hexdigest()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
