@@ -377,6 +377,17 @@ def test_a_file_that_is_no_ddpm_is_refused(tmp_path):
         load_ddpm(tmp_path / "state.safetensors")
 
 
+def test_the_decoder_learns_on_alone_and_latents_stay_what_they_were(tmp_path):
+    before = train_vae(pictures(), tmp_path, MINI.vae, RUN).state_dict()
+    after = train_vae(pictures(), tmp_path, replace(MINI.vae, decoder_loop=LOOP), RUN)
+    moved = {
+        name.partition(".")[0] for name, tensor in after.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert moved == {"decoder", "post_quant_conv"}
+    assert after.config.scale_factor == train_vae(pictures(), tmp_path, MINI.vae, RUN).config.scale_factor
+    assert read_log(tmp_path / "decoder" / "log.jsonl")[-1]["step"] == LOOP.steps
+
+
 # ---------------------------------------------------------------------------------------------------------- mini
 
 

@@ -41,6 +41,8 @@ class VAERecipeConfig:
         gan_start: the step at which the rival begins.
         gan_channels: the rival's width.
         gan_layers: how often it halves a picture: its patches have about 2^(layers + 2) pixels a side.
+        decoder_loop: afterwards the decoder alone learns on, by squared error and a tenth of the edges'; as the
+            official "ft-MSE" decoder did (MSE + 0.1 LPIPS). Latents stay what they were. Null leaves it out.
         augmentation: how pictures are varied.
     """
 
@@ -53,6 +55,7 @@ class VAERecipeConfig:
     gan_start: int = 50001
     gan_channels: int = 32
     gan_layers: int = 3
+    decoder_loop: LoopConfig | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -124,6 +127,20 @@ class VAERecipe:
         return grid(to_pil(torch.cat([image, self.vae.decode(self.vae.encode(image).mean)])), columns=len(rows))
 
 
+class DecoderRecipe(VAERecipe):
+    """The decoder of a trained autoencoder alone, by squared error."""
+
+    name = "decoder"
+
+    def __init__(self, pictures: Pictures, config: VAERecipeConfig, vae: VAE):
+        super().__init__(
+            pictures, replace(config, pixel="l2", gradient_weight=0.1 * config.gradient_weight, gan_weight=0.0)
+        )
+        self.vae.load_state_dict(vae.state_dict())
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            part.requires_grad_(False)
+
+
 def train_vae(
     pictures: Pictures,
     folder: str | os.PathLike,
@@ -133,8 +150,12 @@ def train_vae(
 ) -> VAE:
     """The trained autoencoder, averaged, on the run's device, its scale factor measured on its pictures."""
     recipe = VAERecipe(pictures, config)
-    settings = {"recipe": asdict(config), "data": pictures.digest}
-    train(recipe, config.loop, Path(folder), run, group, settings)
+    settings = {"recipe": asdict(replace(config, decoder_loop=None)), "data": pictures.digest}
+    train(recipe, config.loop, folder, run, group, settings)
+    if config.decoder_loop is not None:
+        recipe = DecoderRecipe(pictures, config, recipe.vae)
+        settings = {"recipe": asdict(config), "data": pictures.digest}
+        train(recipe, config.decoder_loop, Path(folder, "decoder"), run, group, settings)
     vae = recipe.vae.requires_grad_(False)
     vae.config = replace(config.vae, scale_factor=latent_scale(vae, pictures))
     return vae
