@@ -18,7 +18,7 @@ from torch import Tensor
 from minisd import tasks
 from minisd.checkpoints.embeddings import add_embedding, load_embeddings
 from minisd.checkpoints.load import Checkpoint, load_checkpoint, load_network
-from minisd.checkpoints.lora import MergedLoras, load_lora
+from minisd.checkpoints.lora import Lora, MergedLoras, load_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ModelConfig, Prediction, ScheduleConfig, Settings
 from minisd.diffusion.guidance import guided
@@ -204,12 +204,16 @@ class StableDiffusion:
             if len(embeddings) > 1:
                 raise ValueError(f"{path} holds {len(embeddings)} tokens ({', '.join(embeddings)}): leave token= out")
             embeddings = dict(zip([token], embeddings.values(), strict=True))
-        for name, vectors in embeddings.items():
-            try:
+        added = []
+        try:
+            for name, vectors in embeddings.items():
                 self.add_embedding(name, vectors)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-        return list(embeddings)
+                added.append(name)
+        except ValueError as error:
+            for name in added:
+                self.tokenizer.remove_token(name)
+            raise ValueError(f"{path}: {error}") from error
+        return added
 
     def add_embedding(self, token: str, vectors: Tensor) -> list[int]:
         """Make `token` a placeholder for vectors 'n d', rows of the token embedding from now on, and return its ids."""
@@ -217,14 +221,16 @@ class StableDiffusion:
         self.checkpoint.config = replace(self.config, text=self.text_encoder.config)
         return ids
 
-    def load_lora(self, path: str | os.PathLike, weight: float = 1.0) -> None:
-        """Merge a LoRA file into the weights of U-Net and text encoder: W + weight · alpha/rank · up·down.
+    def load_lora(self, path: str | os.PathLike, weight: float = 1.0) -> Lora:
+        """Merge a LoRA file into the weights of U-Net and text encoder, W + weight · alpha/rank · up·down; return it.
 
         Several stack. The same path again replaces what it brought before, so that it is the way to another weight.
         `unmerge` restores the originals; until then `save` writes the weights as they are, LoRAs and all. Layouts,
         errors and the warning about unmatched tensors: see `checkpoints.lora.load_lora`.
         """
-        self.loras.merge(os.path.abspath(path), load_lora(path, self.loras.networks), weight)
+        lora = load_lora(path, self.loras.networks)
+        self.loras.merge(os.path.abspath(path), lora, weight)
+        return lora
 
     def unmerge(self) -> None:
         """Take all LoRAs out again: every weight is what it was before, bit for bit. Without any, nothing happens."""

@@ -16,7 +16,9 @@ from lively import lively, lively_checkpoint, mask, picture
 from PIL import Image
 
 from minisd import tasks
+from minisd.checkpoints.embeddings import save_embedding
 from minisd.checkpoints.load import load_checkpoint
+from minisd.checkpoints.lora import LowRank, layer_of, save_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.cli import BENCHES, COMMANDS, EVALUATIONS, PLOTS, TRAININGS, main
 from minisd.cli.options import Model
@@ -202,6 +204,87 @@ def test_a_preview_that_cannot_be_written_does_not_cost_the_run(tmp_path):
         preview.show(sampling, next(iter(sampling)))
 
 
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapters(minisd):
+    """An embedding and a LoRA for the small model, in adapters/."""
+    sd = lively("SD1")
+    generator = torch.Generator().manual_seed(3)
+    lora = {}
+    for layer in ("unet.down.0.attn.blocks.0.attn2.to_v", "unet.mid.0.res.conv1", "text.blocks.1.fc1"):
+        shape = layer_of(sd.loras.networks, layer).weight.shape
+        down = torch.randn(2, *shape[1:], generator=generator) / shape[1:].numel() ** 0.5
+        lora[layer] = LowRank(down, torch.randn(shape[0], 2, *[1] * (len(shape) - 2), generator=generator), 2.0)
+    Path("adapters").mkdir()
+    save_lora("adapters/style.safetensors", lora, sd.loras.networks)
+    save_embedding("adapters/toy.pt", "<toy>", torch.randn(2, 64, generator=generator), layout="a1111")
+
+
+ADAPTERS = ["--embedding", "adapters/toy.pt", "--lora", "adapters/style.safetensors:0.8"]
+
+
+@pytest.mark.parametrize(
+    "task", [["txt2img", "a <toy>"], ["img2img", "a <toy>", "cat.png"], ["inpaint", "a <toy>", "cat.png", "mask.png"]]
+)
+def test_adapters_change_the_picture_and_come_back_in_a_replay(minisd, adapters, task):
+    code, _, err = minisd(*task, *QUICK, *ADAPTERS, "--out", "sub/with.png")
+    assert code == 0
+    assert "adapters/toy.pt: adds <toy>" in err
+    assert "adapters/style.safetensors: 3 layers changed, weight 0.8" in err
+    minisd(*task, *QUICK, *ADAPTERS[:2], "--out", "embedding.png")
+    minisd(*task, *QUICK, *ADAPTERS[2:], "--out", "lora.png")
+    made = [pixels(name).tobytes() for name in ("sub/with.png", "embedding.png", "lora.png")]
+    assert len(set(made)) == 3
+    code, out, _ = minisd("replay", "sub/with.png", "--out", "again.png")
+    assert (code, out) == (0, "again.png\nsub/with.png: made again, equal in every pixel\n")
+    assert minisd("replay", "again.png")[0] == 0
+
+
+def test_replay_refuses_adapters_that_are_gone_or_changed(minisd, adapters):
+    minisd("txt2img", "a <toy>", *QUICK, *ADAPTERS, "--out", "a.png")
+    for name, what in (("toy.pt", "embedding"), ("style.safetensors", "LoRA")):
+        path = Path("adapters", name)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert f"{path} is not the {what} it was (another SHA-256)" in refused(minisd("replay", "a.png"))
+        path.unlink()
+        assert f"the {what} {path} is not there" in refused(minisd("replay", "a.png"))
+        path.write_bytes(whole)
+    assert minisd("replay", "a.png")[0] == 0
+
+
+def test_adapters_take_other_names_and_weights_and_odd_file_names(minisd, adapters):
+    Path("adapters/toy.pt").rename("adapters/my=toy.pt")
+    Path("adapters/style.safetensors").rename("adapters/a:0.5")
+    options = ["--embedding", "<it>=adapters/my=toy.pt", "--lora", "adapters/a:0.5:-1", *QUICK]
+    code, _, err = minisd("txt2img", "a <it>", *options, "--out", "a.png")
+    assert "adapters/my=toy.pt: adds <it>" in err
+    assert "adapters/a:0.5: 3 layers changed, weight -1" in err
+    assert (code, minisd("replay", "a.png")[0]) == (0, 0)
+    code, _, err = minisd("txt2img", "x", *QUICK, "--embedding", "adapters/my=toy.pt", "--lora", "adapters/a:0.5")
+    assert code == 0
+    assert "weight 1\n" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--lora", "adapters/none.safetensors:0.5"], "adapters/none.safetensors does not exist"),
+        (["--lora", "adapters/style.safetensors:x"], "adapters/style.safetensors:x does not exist"),
+        (["--lora", "adapters/style.safetensors:nan"], "the weight of a LoRA is nan: give a finite number"),
+        (["--lora", "adapters/toy.pt"], "adapters/toy.pt: it holds no LoRA"),
+        (["--embedding", "adapters/style.safetensors"], "it holds no textual-inversion embedding"),
+        (["--embedding", "cat.png"], "cat.png: a picture that carries no embedding"),
+        (["--embedding", "cat=adapters/toy.pt"], "'cat' is a word of CLIP's vocabulary"),
+        (["--embedding", "adapters/toy.pt", "--embedding", "adapters/toy.pt"], "'<toy>' is an added token already"),
+    ],
+)
+def test_adapters_that_cannot_be_used_are_refused(minisd, adapters, option, sentence):
+    assert sentence in refused(minisd("txt2img", "x", *QUICK, *option))
+
+
 # --------------------------------------------------------------------------------------------------------------- replay
 
 
@@ -231,7 +314,7 @@ def test_replay_refuses_when_something_is_not_as_it_was(minisd):
     minisd("img2img", "x", "cat.png", *QUICK, "--out", "a.png")
     assert "a.png exists already" in refused(minisd("replay", "a.png", "--out", "a.png"))
     picture(mode="L").save("cat.png")
-    assert "cat.png is not the picture it was" in refused(minisd("replay", "a.png"))
+    assert "cat.png is not the input picture it was" in refused(minisd("replay", "a.png"))
     Path("cat.png").unlink()
     assert "the input picture cat.png is not there" in refused(minisd("replay", "a.png"))
     Path("models").unlink()

@@ -455,7 +455,6 @@ def test_an_optimisers_state_and_tensors_of_nothing_known_are_said_to_be_that(tm
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git-LFS pointer, the real file was not"),
         (b"GGUF\x03\0\0\0", "it is a GGUF file"),
         (b"\x89PNG\r\n\x1a\n\0\0", "it is a PNG image, not a checkpoint"),
-        (b"\x89PNG\r\n\x1a\n\0\0tEXtsd-ti-embedding\0", "a picture that carries a textual-inversion embedding"),
         (b"7z\xbc\xaf\x27\x1c\0\0", "it is a 7z archive: unpack it"),
         (b"", "it is empty (0 bytes)"),
     ],

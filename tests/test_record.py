@@ -14,7 +14,7 @@ from PIL import Image
 from minisd import tasks
 from minisd.config import Settings
 from minisd.record.arguments import TASKS, Img2Img, Inpaint, Outpaint, Txt2Img
-from minisd.record.call import Call, File, LoadedModel, from_json, to_json
+from minisd.record.call import Call, Embedding, File, LoadedModel, Lora, from_json, to_json
 from minisd.record.files import (
     find,
     find_input,
@@ -135,6 +135,8 @@ def test_records_are_plain_ascii_whatever_the_prompt():
         {"model": {"checkpoint": "x"}},
         {"model": {"checkpoint": {"name": 1, "digest": ""}}},
         {"model": asdict(MODEL) | {"dtype": "__import__"}},
+        {"model": asdict(MODEL) | {"loras": [{"file": {"name": "a", "digest": ""}, "weight": "1"}]}},
+        {"model": asdict(MODEL) | {"embeddings": {"a": 1}}},
         {"threads": "many"},
         {"threads": None},
     ],
@@ -196,6 +198,16 @@ def test_parameters_are_read_by_other_programs():
 def test_names_with_commas_are_quoted_for_other_programs():
     call = replace(TXT2IMG, model=LoadedModel(File('my, "own": model.ckpt', "")))
     assert as_a1111_reads_it(parameters_text(call, 0, (8, 8)))[2]["Model"] == 'my, "own": model'
+
+
+def test_adapters_stand_where_others_look_for_them():
+    style = (Lora(File("style.safetensors", "sha256:1"), 0.8), Lora(File("sub/b.pt", "sha256:2")))
+    toy = (Embedding(File("toy.pt", "sha256:0123456789abcdef"), "<toy>"),)
+    call = replace(TXT2IMG, model=replace(MODEL, loras=style, embeddings=toy))
+    prompt, _, values = as_a1111_reads_it(parameters_text(call, 0, (8, 8)))
+    assert prompt == "a cat <lora:style:0.8> <lora:b:1>"
+    assert values["TI hashes"] == "toy: 0123456789ab"
+    assert from_json(to_json(call, 0)) == (call, 0)
 
 
 def test_a_variation_names_both_its_seeds():

@@ -8,7 +8,6 @@ column parts a strip from the picture (AUTOMATIC1111's modules/textual_inversion
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import zlib
@@ -38,16 +37,16 @@ def read_picture(path: str | os.PathLike) -> tuple[str, Tensor]:
         with Image.open(path) as image:
             image.load()
             text, pixels = image.info.get(CHUNK), np.asarray(image.convert("RGB"))
-        content = base64.b64decode(text) if isinstance(text, str) else _from_pixels(pixels)
-    except (OSError, SyntaxError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CheckpointError(f"{path}: not a readable picture ({error})") from error
+    content = _from_pixels(pixels) if text is None else text
     if content is None:
         raise CheckpointError(f"{path}: a picture that carries no embedding, neither as text nor in its pixels")
     try:
-        data = json.loads(content)
+        data = json.loads(content if text is None else base64.b64decode(content, validate=True))
         (stored,) = data["string_to_param"].values()
         vectors = torch.tensor(stored["TORCHTENSOR"], dtype=torch.float32)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the embedding in this picture is damaged ({error})") from error
     return (data["name"] if isinstance(data.get("name"), str) else ""), vectors
 
@@ -77,9 +76,9 @@ def _from_pixels(pixels: np.ndarray) -> bytes | None:
 
 def _random_bytes(count: int) -> np.ndarray:
     """The linear congruential generator s ← 1664525·s + 1013904223 mod 2³² from 0, each mod 255."""
-    # sₙ in closed form would need big powers; in blocks, the state is a cumulative product and sum modulo 2³²
+    # sₙ = c·(1 + a + … + aⁿ⁻¹): running products and sums modulo 2³², without a loop over the pixels
     multiplier, increment = np.uint32(1664525), np.uint32(1013904223)
-    powers = np.cumprod(np.full(count, multiplier, dtype=np.uint32), dtype=np.uint32)  # aⁿ
+    powers = np.cumprod(np.full(count, multiplier, dtype=np.uint32), dtype=np.uint32)
     before = np.concatenate([np.ones(1, np.uint32), powers[:-1]])
-    states = np.cumsum(before, dtype=np.uint32) * increment  # c·(1 + a + … + aⁿ⁻¹)
+    states = np.cumsum(before, dtype=np.uint32) * increment
     return (states % 255).astype(np.uint8)

@@ -69,7 +69,8 @@ def layout_of(file: TensorFile) -> Layout | None:
     """The layout of a file of embeddings, by its names; None where they are not those of embeddings."""
     names = [name for name in file if file.dtype(name).is_floating_point]
     if param := [name for name in names if name.startswith(_PARAM)]:
-        return Layout(A1111, {name.removeprefix(_PARAM).replace("*", ""): name for name in param})
+        tokens = (name.removeprefix(_PARAM) for name in param)
+        return Layout(A1111, dict(zip(("" if token == "*" else token for token in tokens), param, strict=True)))
     if "emb_params" in names:
         return Layout(KOHYA, {"": "emb_params"})
     if sdxl := [name for name in names if name in ("clip_l", "clip_g")]:

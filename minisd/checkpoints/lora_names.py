@@ -37,7 +37,7 @@ _NOT_PLAIN = (
     (r"\.on_input$", "IA3"),
     (r"\.diff(_b)?$", "full-difference"),
 )
-_PREFIXES = re.compile(r"(base_model\.model\.|diffusion_model\.|unet\.|text_encoder\.|lora_unet_|lora_te_)+")
+_PREFIXES = re.compile(r"(base_model\.model\.|diffusion_model\.|unet\.|text_encoder\.|lora_unet_|lora_te1?_)+")
 METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's config
 PEFT_CONFIG = "adapter_config.json"  # where peft itself keeps it
 
@@ -93,7 +93,7 @@ def text_width(file: TensorFile, found: Iterable[Pair]) -> int | None:
 def other_model(names: Iterable[str]) -> str:
     """A family whose layers have other names than Stable Diffusion's 1.x and 2.x; "" if they have not."""
     names = list(names)
-    if any(re.search(r"lora_te[12]_|text_encoder_2", name) for name in names):
+    if any(re.search(r"lora_te2_|text_encoder_2", name) for name in names):
         return "SDXL"
     if any(re.search(r"(double|single|joint)_(transformer_)?blocks", name) for name in names):
         return "Flux or SD3"

@@ -31,6 +31,8 @@ class Model:
         vae: a file or folder whose VAE is taken instead.
         dtype: of the weights; the file's own when left out (float16 becomes float32 on a CPU).
         device: cpu, cuda, cuda:1, mps …
+        embedding: a textual-inversion file whose word prompts may then hold; TOKEN=FILE names the word. Any number.
+        lora: a LoRA file to merge into the weights; FILE:0.8 sets how strongly, 1 by default. Any number.
     """
 
     checkpoint: Path | None = None
@@ -39,6 +41,8 @@ class Model:
     vae: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "cpu"
+    embedding: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
 
     def load(self) -> StableDiffusion:
         """The model; says in three lines on stderr what it is."""
@@ -56,12 +60,31 @@ class Model:
             device=self.device,
         )
         print("\n".join(sd.report[:3]), file=sys.stderr)
+        for path, token in self.embeddings():
+            print(f"{path}: adds {', '.join(sd.load_embedding(path, token))}", file=sys.stderr)
+        for path, weight in self.loras():
+            print(f"{path}: {len(sd.load_lora(path, weight))} layers changed, weight {weight:g}", file=sys.stderr)
         return sd
 
+    def embeddings(self) -> list[tuple[Path, str | None]]:
+        """(file, token) of each --embedding."""
+        return [_file_and_token(text) for text in self.embedding]
+
+    def loras(self) -> list[tuple[Path, float]]:
+        """(file, weight) of each --lora."""
+        return [_file_and_weight(text) for text in self.lora]
+
     def check(self) -> None:
-        """ValueError for a device that is not there."""
+        """ValueError for a device that is not there, and for files that are no adapters."""
         import torch
 
+        from minisd.checkpoints.embeddings import load_embeddings
+        from minisd.checkpoints.lora import open_lora
+
+        for path, _ in self.embeddings():
+            load_embeddings(path)
+        for path, _ in self.loras():
+            open_lora(path)
         try:
             device = torch.device(self.device)
         except RuntimeError:
@@ -75,8 +98,8 @@ class Model:
     def record(self, folder: Path) -> LoadedModel:
         """How a picture in this folder remembers the model."""
         from minisd.pipeline import mini_model
-        from minisd.record.call import LoadedModel
-        from minisd.record.files import remember_checkpoint
+        from minisd.record.call import Embedding, LoadedModel, Lora
+        from minisd.record.files import remember_checkpoint, remember_input
 
         return LoadedModel(
             remember_checkpoint(self.checkpoint or mini_model(), folder),
@@ -85,7 +108,26 @@ class Model:
             prediction=self.prediction,
             dtype=self.dtype,
             device=self.device,
+            embeddings=tuple(Embedding(remember_input(path, folder), token) for path, token in self.embeddings()),
+            loras=tuple(Lora(remember_input(path, folder), weight) for path, weight in self.loras()),
         )
+
+
+def _file_and_token(text: str) -> tuple[Path, str | None]:
+    token, equals, file = text.partition("=")
+    if Path(text).exists() or not equals:  # a name that is a file is not taken apart
+        return Path(text), None
+    return Path(file), token
+
+
+def _file_and_weight(text: str) -> tuple[Path, float]:
+    file, colon, number = text.rpartition(":")
+    if Path(text).exists() or not colon:
+        return Path(text), 1.0
+    try:
+        return Path(file), float(number)
+    except ValueError:
+        return Path(text), 1.0  # a drive of Windows, or a name that is not there
 
 
 @Parameter(name="*")

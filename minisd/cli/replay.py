@@ -79,6 +79,8 @@ def draw_again(model: Model, call: Call, index: int, inputs: dict[str, Path]) ->
 
 
 def _model(recorded: LoadedModel, folder: Path, checkpoint: Path | None, vae: Path | None, device: str | None) -> Model:
+    from minisd.record.files import find_input
+
     return Model(
         checkpoint=_weights(recorded.checkpoint, folder, checkpoint, "--checkpoint"),
         weights=recorded.weights,
@@ -86,6 +88,11 @@ def _model(recorded: LoadedModel, folder: Path, checkpoint: Path | None, vae: Pa
         vae=recorded.vae and _weights(recorded.vae, folder, vae, "--vae"),
         dtype=recorded.dtype,
         device=device or recorded.device,
+        embedding=tuple(
+            "=".join(filter(None, [one.token, str(find_input(one.file, folder, "embedding"))]))
+            for one in recorded.embeddings
+        ),
+        lora=tuple(f"{find_input(one.file, folder, 'LoRA')}:{one.weight}" for one in recorded.loras),
     )
 
 

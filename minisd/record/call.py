@@ -20,8 +20,24 @@ class File:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A textual-inversion file, and the token it was given; None is the file's own."""
+
+    file: File
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, and the weight it was merged at."""
+
+    file: File
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class LoadedModel:
-    """Which model drew, and how it was loaded."""
+    """Which model drew, how it was loaded, and what was added to it."""
 
     checkpoint: File
     vae: File | None = None
@@ -29,6 +45,8 @@ class LoadedModel:
     prediction: Prediction | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "cpu"
+    embeddings: tuple[Embedding, ...] = ()
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def remember_input(path: Path, folder: Path) -> File:
-    """An input picture, as a picture in `folder` remembers it."""
+    """An input picture or an adapter, as a picture in `folder` remembers it."""
     return File(_seen_from(path, folder), sha256(path))
 
 
@@ -34,13 +34,13 @@ def find(file: File, folder: Path) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-def find_input(file: File, folder: Path) -> Path:
-    """An input picture of a record. ValueError where it is gone or another."""
+def find_input(file: File, folder: Path, what: str = "input picture") -> Path:
+    """An input picture, or an adapter, of a record. ValueError where it is gone or another."""
     path = find(file, folder)
     if path is None or not path.is_file():
-        raise ValueError(f"the input picture {file.name} is not there, seen from {folder}: put it back to replay")
+        raise ValueError(f"the {what} {file.name} is not there, seen from {folder}: put it back to replay")
     if sha256(path) != file.digest:
-        raise ValueError(f"{path} is not the picture it was (another SHA-256): put the old one back to replay")
+        raise ValueError(f"{path} is not the {what} it was (another SHA-256): put the old one back to replay")
     return path
 
 

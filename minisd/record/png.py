@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisd.record.call import Call, from_json, to_json
+from minisd.record.call import Call, File, from_json, to_json
 from minisd.record.files import write_whole
 
 if TYPE_CHECKING:
@@ -65,9 +65,10 @@ def parameters_text(call: Call, index: int, size: tuple[int, int]) -> str:
         "CFG scale": settings.guidance_scale,
         "Seed": arguments.seed + index,
         "Size": "{}x{}".format(*size),
-        "Model": _without_suffix(call.model.checkpoint.name),
+        "Model": _stem(call.model.checkpoint),
         "Denoising strength": getattr(arguments, "strength", None),
         "Clip skip": None if settings.clip_skip is None else settings.clip_skip + 1,
+        "TI hashes": ", ".join(f"{_stem(e.file)}: {e.file.digest[7:19]}" for e in call.model.embeddings) or None,
         "Version": f"minisd {call.version}",
     }
     if getattr(arguments, "variation_seed", None) is not None:
@@ -75,13 +76,14 @@ def parameters_text(call: Call, index: int, size: tuple[int, int]) -> str:
         values |= {"Variation seed": arguments.variation_seed + index, "Variation seed strength": arguments.variation}
     negative = [f"Negative prompt: {arguments.negative_prompt}"] if arguments.negative_prompt else []
     listed = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value is not None)
-    return "\n".join([call.prompts[index // arguments.num_images], *negative, listed])
+    loras = (f"<lora:{_stem(lora.file)}:{lora.weight:g}>" for lora in call.model.loras)  # A1111 has them in the prompt
+    return "\n".join([" ".join([call.prompts[index // arguments.num_images], *loras]), *negative, listed])
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
 
-def _without_suffix(name: str) -> str:
-    path = Path(name)
+def _stem(file: File) -> str:
+    path = Path(file.name)
     return path.stem if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") else path.name

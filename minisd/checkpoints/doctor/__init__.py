@@ -14,7 +14,8 @@ from minisd.checkpoints.diffusers_layout import SUBFOLDERS, Tensors
 from minisd.checkpoints.doctor.anatomy import TITLES, describe, point_out_contradictions
 from minisd.checkpoints.doctor.health import PROBE_THRESHOLD, examine, forward_probe
 from minisd.checkpoints.doctor.inspection import Inspection, bytes_text
-from minisd.checkpoints.doctor.kinds import Kind, other_kind
+from minisd.checkpoints.doctor.kinds import Kind, other_kind, picture_kind
+from minisd.checkpoints.embedding_picture import is_png, read_picture
 from minisd.checkpoints.files import CheckpointError, TensorFile, flatten, open_tensors
 from minisd.checkpoints.load import load_network
 from minisd.checkpoints.opening import Opened, open_checkpoint
@@ -84,17 +85,27 @@ def _folder(path: Path) -> tuple[Inspection, list[TensorFile]]:
 
 def _unreadable(path: Path, error: CheckpointError) -> Inspection:
     found = Inspection(str(path), "cannot be read as a checkpoint", _size(path), problems=[_bare(error, path)])
-    try:
-        with path.open("rb") as file:
-            if file.read(4) == b"\x89PNG" and b"sd-ti-embedding" in file.read(1 << 26):
-                found.kind = "a picture that carries a textual-inversion embedding of A1111"
-                found.problems = ["embeddings are read from .pt, .bin and .safetensors files: let A1111 write one"]
-    except OSError:
-        pass  # the error in hand says why
+    if is_png(path):
+        _picture(found)
     if path.is_dir():
         inside = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
         found.needs += [f"one of the files in it: {_few(inside)}"] if inside else []
     return found
+
+
+def _picture(found: Inspection) -> None:
+    """A PNG: perhaps one of A1111's that carry an embedding."""
+    try:
+        name, vectors = read_picture(found.path)
+    except CheckpointError as error:
+        if "carries no embedding" not in str(error):
+            found.problems.append(_bare(error, Path(found.path)))
+        return
+    kind = picture_kind(Path(found.path), name, tuple(vectors.shape))
+    found.kind, found.family, found.facts = kind.kind, kind.base, kind.facts
+    found.needs, found.problems = kind.needs, kind.problems
+    if not vectors.isfinite().all():
+        found.problems.append("its vectors hold values that are not finite (NaN, Inf)")
 
 
 def _bare(error: Exception, path: Path) -> str:

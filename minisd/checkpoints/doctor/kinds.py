@@ -113,23 +113,33 @@ def _embedding(file: TensorFile) -> Kind | None:
     if layout.name in (embeddings.DIFFUSERS, embeddings.BARE) and not _as_of_words(vectors):
         return None
     kind = Kind(f"a textual-inversion embedding ({layout.name})")
-    if not all(1 <= len(shape) <= 2 for shape in vectors.values()):
-        kind.problems.append(f"its vectors have the impossible shapes {list(vectors.values())}")
-        return kind
     kind.used = set(vectors) | {name for name in file if name.startswith("string_to_token.")}
-    kind.facts["vectors"] = ", ".join(
-        f"{1 if len(shape) == 1 else shape[0]} of width {shape[-1]}" for shape in vectors.values()
-    )
-    widths = {shape[-1] for shape in vectors.values()}
-    is_sdxl = layout.name == embeddings.SDXL or len(widths) > 1 or widths & SDXL_WIDTHS
-    kind.base = _SDXL if is_sdxl else BASES.get(min(widths), "")
     _name_token(kind, file, layout)
-    if is_sdxl:
-        kind.problems.append(f"it is for SDXL: {_UNREAD}")
-        return kind
-    models = kind.base or f"a model whose text encoder is {min(widths)} wide, which is no official one"
-    kind.needs.append(f"a checkpoint of {models}, then sd.load_embedding({Path(file.path).name!r}, token=…)")
+    _describe_vectors(kind, list(vectors.values()), Path(file.path).name, sdxl=layout.name == embeddings.SDXL)
     return kind
+
+
+def picture_kind(path: Path, name: str, shape: tuple[int, ...]) -> Kind:
+    """What a picture of A1111's is that carries vectors of this shape."""
+    kind = Kind("a picture that carries a textual-inversion embedding of A1111")
+    kind.facts["token"] = repr(name) if name else "none in it: by custom it is the file's name"
+    _describe_vectors(kind, [shape], path.name)
+    return kind
+
+
+def _describe_vectors(kind: Kind, shapes: list[tuple[int, ...]], name: str, *, sdxl: bool = False) -> None:
+    if not all(1 <= len(shape) <= 2 for shape in shapes):
+        kind.problems.append(f"its vectors have the impossible shapes {shapes}")
+        return
+    kind.facts["vectors"] = ", ".join(f"{1 if len(s) == 1 else s[0]} of width {s[-1]}" for s in shapes)
+    widths = {shape[-1] for shape in shapes}
+    if sdxl or len(widths) > 1 or widths & SDXL_WIDTHS:
+        kind.base = _SDXL
+        kind.problems.append(f"it is for SDXL: {_UNREAD}")
+        return
+    kind.base = BASES.get(min(widths), "")
+    models = kind.base or f"a model whose text encoder is {min(widths)} wide, which is no official one"
+    kind.needs.append(f"a checkpoint of {models}, then sd.load_embedding({name!r}, token=…)")
 
 
 def _as_of_words(vectors: dict[str, tuple[int, ...]]) -> bool:
