@@ -305,6 +305,7 @@ BAD = {
     "integers": ({"<x>": torch.ones(2, WIDTH, dtype=torch.long)}, "it holds no textual-inversion"),
     "NaN": ({"<x>": torch.full((2, WIDTH), math.nan)}, "<x> holds values that are not finite"),
     "empty": ({"<x>": torch.ones(0, WIDTH)}, r"<x> has the shape \(0, 64\)"),
+    "huge": ({"<x>": torch.ones(2048, 4 * WIDTH)}, r"<x> has the shape \(2048, 256\): an embedding"),
     "3-D": ({"emb_params": torch.ones(2, 2, WIDTH)}, r"emb_params has the shape \(2, 2, 64\)"),
     "too many": ({"<x>": torch.ones(76, WIDTH)}, "a token has 1…75 vectors"),
     "a word": ({"cat": torch.ones(2, WIDTH)}, "'cat' is a word of CLIP's vocabulary"),

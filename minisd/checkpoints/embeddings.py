@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ A1111, DIFFUSERS, KOHYA, SDXL, BARE = LAYOUTS = (
     "a bare tensor",
 )
 _PARAM = "string_to_param."
+MAX_ELEMENTS = 1 << 18  # 75 vectors, as many as a prompt has room for, of SDXL's 2048 and more
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def load_embeddings(path: str | os.PathLike) -> dict[str, Tensor]:
         _refuse(path, f"it holds no textual-inversion embedding: `minisd inspect {path}` says what it is")
     if layout.name == SDXL:
         _refuse(path, "it is for SDXL (clip_l, clip_g): minisd runs Stable Diffusion 1.x and 2.x only")
+    for name in layout.vectors.values():
+        _check_shape(path, name or "its tensor", file.shape(name))
     return {
         token or _own_name(file): _checked(path, name or "its tensor", file.read(name))
         for token, name in layout.vectors.items()
@@ -88,11 +92,15 @@ def _own_name(file: TensorFile) -> str:
 
 def _checked(path: Path, name: str, vectors: Tensor) -> Tensor:
     """The vectors as 'n d', if they can be that."""
-    if vectors.ndim not in (1, 2) or not vectors.numel():
-        _refuse(path, f"{name} has the shape {tuple(vectors.shape)}: an embedding has 'd' or 'n d'")
+    _check_shape(path, name, tuple(vectors.shape))
     if not vectors.float().isfinite().all():
         _refuse(path, f"{name} holds values that are not finite (NaN, Inf): its training went wrong")
     return torch.atleast_2d(vectors)
+
+
+def _check_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) not in (1, 2) or not 0 < prod(shape) <= MAX_ELEMENTS:
+        _refuse(path, f"{name} has the shape {shape}: an embedding has 'd' or 'n d', a few vectors of a text's width")
 
 
 def _refuse(path: str | os.PathLike, why: str):
