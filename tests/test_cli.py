@@ -274,6 +274,7 @@ def test_adapters_take_other_names_and_weights_and_odd_file_names(minisd, adapte
         (["--lora", "adapters/none.safetensors:0.5"], "adapters/none.safetensors does not exist"),
         (["--lora", "adapters/style.safetensors:x"], "adapters/style.safetensors:x does not exist"),
         (["--lora", "adapters/style.safetensors:nan"], "the weight of a LoRA is nan: give a finite number"),
+        (["--lora", "adapters/style.safetensors:0.3", "--lora", "adapters/style.safetensors"], "is given 2 times"),
         (["--lora", "adapters/toy.pt"], "adapters/toy.pt: it holds no LoRA"),
         (["--embedding", "adapters/style.safetensors"], "it holds no textual-inversion embedding"),
         (["--embedding", "cat.png"], "cat.png: a picture that carries no embedding"),

@@ -83,8 +83,10 @@ class Model:
 
         for path, _ in self.embeddings():
             load_embeddings(path)
-        for path, _ in self.loras():
+        for path in (files := [path for path, _ in self.loras()]):
             open_lora(path)
+            if files.count(path) > 1:
+                raise ValueError(f"{path} is given {files.count(path)} times: give it once, at the sum of the weights")
         try:
             device = torch.device(self.device)
         except RuntimeError:
