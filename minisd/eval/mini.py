@@ -164,18 +164,20 @@ def retrieval(clip: CLIPFeatures, sets: Sets, seen: Sequence[Tensor]) -> Iterato
     the model knows the style, all with that of the picture.
     """
     words = {c: text for _, drawings in sets for c, text in zip(drawings.concepts, drawings.words, strict=True)}
-    plain = clip.texts(list(words.values()), progress="captions")
+    texts = {"": clip.texts(list(words.values()), progress="captions")}
+    for style in dict.fromkeys(sets.train.styles):
+        styled = [f"{text}, {style} style" for text in words.values()]
+        texts[style] = clip.texts(styled, progress=f"captions, {style} style")
     for (name, drawings), images in zip(sets, seen, strict=True):
         right = drawings.is_of(list(words)).T
-        similarity = cosine(images, plain)
+        similarity = cosine(images, texts[""])
         for k in (1, 10):
             asked = 0.9 if k == 10 and drawings is sets.train else None
             yield Row.mean(f"image → text, top {k}", name, found(similarity, right, k), unit="%", asked=asked)
-        if drawings is not sets.unseen:
-            for style in dict.fromkeys(drawings.styles):
+        if set(drawings.styles) <= texts.keys():
+            for style in set(drawings.styles):
                 rows = [i for i, other in enumerate(drawings.styles) if other == style]
-                styled = clip.texts([f"{text}, {style} style" for text in words.values()])
-                similarity[rows] = cosine(images[rows], styled)
+                similarity[rows] = cosine(images[rows], texts[style])
             hits = found(similarity, right, 10)
             yield Row.mean("image → text, top 10", f"{name}, captions with their style", hits, unit="%")
     for k in (1, 10):

@@ -16,7 +16,8 @@ NOTES = (
     "Pictures are over white. PSNR and SSIM (Wang et al. 2004: Gaussian window, mean over RGB) are those of pictures "
     "decoded from the means of their latents, in 8 bits; means over pictures.",
     "Image → text: the picture's own caption is among the k nearest (cosine) of one caption per concept; ties count "
-    "against it. Captions name no style unless it says so.",
+    "against it. Captions name no style unless it says so. A held-out concept is not found by a word that no training "
+    "caption has: a CLIP that minisd trained knows such words only as unknown.",
     "Right concept: of the training drawings whose 16 × 16 RGB means, less each picture's mean, are nearest (cosine), "
     "one of the first 10 shows the prompt's concept.",
     "Fréchet distance: of normal distributions fitted to features of the space named above. It is no FID, which is "

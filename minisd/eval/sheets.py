@@ -42,7 +42,7 @@ PROMPTS = (
     "a blue fox",
     "a yellow octopus",
     "a green unicorn",
-    "a golden fish",
+    "a green fish",
     "a black rose",
     "a purple house",
     "an orange butterfly",
