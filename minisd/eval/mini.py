@@ -110,7 +110,7 @@ def measure(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) -> 
     return [
         *rows,
         *retrieval(clip, sets, seen),
-        *generation(sd, sets.train, plan, settings),
+        *generation(sd, sets, plan, settings),
         *distances(sd, clip, sets, seen, plan, settings),
     ]
 
@@ -188,13 +188,15 @@ def retrieval(clip: CLIPFeatures, sets: Sets, seen: Sequence[Tensor]) -> Iterato
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def generation(sd: StableDiffusion, train: Drawings, plan: Plan, settings: Settings) -> Iterator[Row]:
+def generation(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) -> Iterator[Row]:
     """Is the right concept among a drawn picture's 10 nearest in the gallery of all training drawings.
 
     Nearest by `thumbnails`, which no network has a part in. Evenly spaced concepts, the styles in turn; the same
-    concepts again with prompts that name no style. What the judge is worth: the hits of one vendor's drawings among
-    another's, and of one style among a sister style of the same vendor, where only the rendering differs.
+    concepts again with prompts that name no style. What the judge is worth: the hits of the unseen vendor's drawings in
+    the same gallery, of one vendor's among another's, and of one style's among a sister style's, where only the
+    rendering differs.
     """
+    train = sets.train
     gallery = thumbnails(in_range(train.images))
     styles = list(dict.fromkeys(train.styles))
     concepts = [list(dict.fromkeys(train.concepts))[i] for i in evenly(len(set(train.concepts)), plan.concepts)]
@@ -206,6 +208,8 @@ def generation(sd: StableDiffusion, train: Drawings, plan: Plan, settings: Setti
         hits = found(thumbnails(in_range(images)) @ gallery.T, train.is_of(concepts), 10)
         of = f"drawn by prompts {'with' if styled else 'without'} a style, among {len(train)} training drawings"
         yield Row.mean(NEAREST, of, hits, unit="%", asked=0.8 if styled else None)
+    of = f"{sets.unseen.styles[0]} drawings among {len(train)} training drawings"
+    yield Row.mean(NEAREST, of, judged(sets.unseen, train), unit="%", kind="baseline")
     for a, b in pairwise(styles):
         hits = judged(train.of_style(a), train.of_style(b))
         yield Row.mean(NEAREST, f"{a} drawings among {b} ones", hits, unit="%", kind="baseline")
