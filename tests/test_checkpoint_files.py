@@ -214,6 +214,13 @@ def test_a_folded_table_is_read_whole_and_is_as_small_as_its_distinct_rows(tmp_p
     assert sum(t.numel() for t in folded("a", table).values()) == 5 * 64 + 1000
 
 
+def test_a_small_file_cannot_ask_for_a_table_of_any_size(tmp_path):
+    tensors = {"a": torch.zeros(1, 4096), "a.minisd_rows": torch.zeros(150_000, dtype=torch.int32)}
+    save_safetensors(tmp_path / "x", tensors)
+    with pytest.raises(CheckpointError, match="a would unfold to 2,457,600,000 bytes, allowed are"):
+        open_tensors(tmp_path / "x")
+
+
 @pytest.mark.parametrize("rows", [[0, 5], [-1], [[0]], [0.0]])
 def test_a_damaged_folded_table_is_refused(tmp_path, rows):
     rows = torch.tensor(rows)

@@ -21,6 +21,7 @@ from minisd.checkpoints.files.safe import read_safetensors, save_safetensors, ve
 __all__ = ["CheckpointError", "Entry", "TensorFile", "folded", "open_tensors", "save_safetensors"]
 
 MAX_NAME = 2000  # characters; long keys on every level would multiply
+MAX_FOLDED = 1 << 31  # bytes that a folded table may have: a few bytes of a file must not ask for any amount
 ROWS = ".minisd_rows"  # NAME + ROWS says which row of NAME stands at each place of a folded table
 
 
@@ -129,6 +130,8 @@ class TensorFile(Mapping[str, Tensor]):
             return entry
         if rows.dtype != torch.int32 or len(rows.shape) != 1 or len(entry.shape) != 2:
             raise Malformed(f"{name} and {name + ROWS} are no folded table: shapes {entry.shape} and {rows.shape}")
+        if (size := rows.numel * entry.shape[1] * entry.dtype.itemsize) > MAX_FOLDED:
+            raise Malformed(f"{name} would unfold to {size:,} bytes, allowed are {MAX_FOLDED:,}")
         return replace(entry, shape=(*rows.shape, *entry.shape[1:]))
 
     def _gather(self, name: str) -> Tensor:
