@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import repeat
 
@@ -162,7 +162,11 @@ class Conditioning:
 
     def repeat(self, n: int) -> Conditioning:
         """Every image n times in a row: 'b …' → '(b n) …'."""
-        return type(self)(*(_map(lambda x: x.repeat_interleave(n, 0), getattr(self, f.name)) for f in fields(self)))
+        return self.map(lambda x: x.repeat_interleave(n, 0))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """function of every tensor."""
+        return type(self)(*(_map(function, getattr(self, f.name)) for f in fields(self)))
 
 
 def _map(function, first, *rest):
