@@ -28,7 +28,9 @@ from minisd.diffusion.spacing import karras_sigmas, timesteps
 from minisd.models.controlnet import ControlNet
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
+from minisd.nn.blocks import channels_last
 from minisd.prompts import encode_prompts
+from minisd.tasks.cuda_graph import Graphed
 from minisd.tasks.nonfinite import nonfinite_error
 from minisd.tasks.options import task_options
 from minisd.tasks.sampling import Sampling
@@ -51,6 +53,7 @@ class StableDiffusion:
             length=text.length, pad_id=text.pad_id, dialect=text.dialect, added_tokens=checkpoint.added_tokens
         )
         self.schedule = build_schedule(self.config.schedule)
+        self.cuda_graph = False  # True: record each sampling's step as a CUDA graph and replay it (tasks/cuda_graph.py)
         self.loras = MergedLoras({"unet": self.unet, "text": self.text_encoder})
 
     @property
@@ -129,8 +132,9 @@ class StableDiffusion:
 
     def guided_model(self, cond: Conditioning, uncond: Conditioning | None, settings: Settings) -> Model:
         """The U-Net as a sampler's model (x_t, t): guided, and ε, v or x_0 told apart."""
+        channels_last(self.unet)
         network = guided(
-            self.run_unet,
+            Graphed(self.run_unet, self.unet) if self.cuda_graph else self.run_unet,
             cond,
             uncond,
             settings.guidance_scale,

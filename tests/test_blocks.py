@@ -1,0 +1,62 @@
+"""The quick forms of layers are the plain ones."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lively import lively
+
+from minisd.models.unet import Conditioning
+from minisd.nn.blocks import Conv3x3, channels_last, conv3x3_as_product
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("b", "h", "w"), [(1, 1, 1), (2, 8, 8), (3, 5, 7)])
+def test_a_convolution_as_a_product_is_the_convolution(memory_format, b, h, w):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(b, 6, h, w, generator=g).double(), torch.randn(4, 6, 3, 3, generator=g).double()
+    x, weight = (y.contiguous(memory_format=memory_format) for y in (x, weight))
+    bias = torch.randn(4, generator=g).double()
+    expected = F.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(conv3x3_as_product(x, weight, bias), expected, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize(("side", "product"), [(4, True), (16, False)])
+def test_few_pixels_and_many_weights_take_the_product(monkeypatch, side, product):
+    taken = []
+    monkeypatch.setattr("minisd.nn.blocks.conv3x3_as_product", lambda *args: taken.append(True) or args[0])
+    Conv3x3(64, 64)(torch.randn(1, 64, side, side))
+    assert bool(taken) == product
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+def test_channels_last_changes_no_weight_and_no_output_beyond_rounding(name):
+    plain = getattr(lively(), name)
+    other = copy.deepcopy(plain)
+    channels_last(other)
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(other.state_dict()[key], tensor)
+    conv = next(m for m in other.modules() if isinstance(m, Conv3x3))
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond = Conditioning(torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1)))
+    run = (lambda network: network(x, 7, cond)) if name == "unet" else (lambda network: network.decode(x))
+    with torch.no_grad():
+        expected, out = run(plain), run(other)
+    # 2e-5 of the largest value: sums of a few hundred float32 products in another order
+    torch.testing.assert_close(out, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+    before = [p.data_ptr() for p in other.parameters()]
+    channels_last(other)
+    assert [p.data_ptr() for p in other.parameters()] == before
+
+
+def test_a_model_that_has_drawn_is_saved_as_it_was(tmp_path):
+    from minisd import load
+
+    sd = lively()
+    sd.save(tmp_path / "before.safetensors")
+    sd.txt2img("a dog", steps=1)
+    sd.save(tmp_path / "after.safetensors")
+    assert (tmp_path / "before.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
+    assert load(tmp_path / "after.safetensors", config=sd.config).txt2img("a dog", steps=1)
