@@ -31,6 +31,14 @@ class Source:
     transposed: bool = False
     linear: bool = False
 
+    def taken(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of our tensor, where the file's has this one: what `take` makes of it."""
+        if self.third is not None:
+            shape = (shape[0] // 3, *shape[1:])
+        if self.transposed:
+            shape = shape[::-1]
+        return (*shape, 1, 1) if self.linear else shape
+
 
 KeyMap = dict[str, Source]
 

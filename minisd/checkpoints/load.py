@@ -198,7 +198,7 @@ def _report(opened: Opened, config: ModelConfig, weights, has_ema, networks, evi
         + (' (the file also holds EMA weights: weights="ema")' if has_ema and weights == "raw" else ""),
     ]
     for name, network in networks.items():
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})
+        dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in {p.dtype for p in network.parameters()})
         count = sum(p.numel() for p in network.parameters())
         lines.append(f"{name}: {count:,} parameters, {', '.join(dtypes)}")
     lines += [f"not run: {len(names)} × {reason}" for reason, names in opened.contents.known.items()]
