@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import TINY
 
-from minisd.bench import load, pairs, unet, vae
+from minisd.bench import attention, load, pairs, unet, vae
 from minisd.bench.compare import compare
 from minisd.bench.machine import machine
 from minisd.bench.options import Options, Pictures
@@ -119,23 +119,21 @@ def test_ratios_are_taken_pair_by_pair_and_the_report_keeps_the_largest():
     assert report(one, two).ratios() == {"peer": 0.75}
 
 
-def test_a_wrong_result_is_said_to_be_wrong(capsys):
-    def case(ours, judge):
-        return Measured({"size": 8}, {"minisd": Result([1], 1, ours), "diffusers": Result([1], 1, judge)})
+@pytest.mark.parametrize("off", [2.1e-5, float("nan"), float("inf")])
+def test_a_wrong_result_is_said_to_be_wrong(off, capsys):
+    def case(distance):
+        return Measured({"size": 8}, {"minisd": Result([1], 1, distance, 2e-5), "diffusers": Result([1], 1, 0.0)})
 
-    assert report(case(1.9e-5, 0.0)).wrong() == []
-    assert "minisd is 2.1e-05 from the float32 result" in report(case(2.1e-5, 0.0)).wrong()[0]
-    assert report(case(1.05e-2, 1e-2), dtype="bfloat16").wrong() == []
-    for off in (1.2e-2, float("nan"), float("inf")):
-        found = report(case(off, 1e-2), dtype="bfloat16")
-        assert found.wrong()
-        json.dumps(found.as_json(), allow_nan=False)
-        assert publish([found], found.options) == 1
-        assert "WRONG RESULT" in capsys.readouterr().out
+    assert report(case(1.9e-5)).wrong() == []
+    found = report(case(off))
+    assert found.wrong() == [f"size 8: minisd is off by {off:.1e}, 2.0e-05 is allowed"]
+    json.dumps(found.as_json(), allow_nan=False)
+    assert publish([found], found.options) == 1
+    assert "WRONG RESULT: unet, size 8: minisd is off" in capsys.readouterr().out
 
 
-def report(*cases, dtype="float32"):
-    return Report("unet", "a step", machine(), Options(dtype=dtype), list(cases))
+def report(*cases):
+    return Report("unet", "a step", machine(), Options(), list(cases))
 
 
 # ------------------------------------------------------------------------------------------------------ from end to end
@@ -201,6 +199,7 @@ def test_peers_take_turns_and_one_that_fails_stops_nobody(monkeypatch):
     assert [round(x, 1) for x in Here.turns if round(x, 1) in (1.1, 2.0)] == [1.1, 2.0, 2.0, 1.1]
     assert found["minisd"].distance == pytest.approx(0.9 / 2)
     assert found["diffusers"].distance == 0
+    assert found["minisd"].allowed == 2e-5
     assert (found["minisd"].seconds, found["minisd"].peak) == ([1.0, 1.0], 7)
     assert (found["other"].failed, found["other"].seconds) == ("OSError: there is no such thing", [])
     with pytest.raises(Failed, match="no such thing"):
@@ -217,6 +216,8 @@ def test_half_precision_is_held_against_the_judge_in_float32(monkeypatch):
     programs = {"minisd": gives(0.5), "diffusers": judge}
     found = pairs.measure(case, programs, None, ALONE, reference=judge, matmul_side=8).results
     assert (found["minisd"].distance, found["diffusers"].distance) == (0.5, 0.25)
+    assert found["minisd"].allowed == pytest.approx(0.275)  # a tenth more than the judge's own in bfloat16
+    assert found["minisd"].wrong
 
 
 def test_loading_is_measured_in_fresh_processes():
@@ -226,6 +227,42 @@ def test_loading_is_measured_in_fresh_processes():
     assert "loaded as float32" in found.what
     assert 0 < ours.seconds[0] < ours.more["quickest, every weight used"]
     assert ours.peak > 0
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+def test_every_form_of_attention_is_held_against_float64():
+    options = Options(dtype="bfloat16", pairs=1)
+    found = attention.measure_forms(attention.Shape(2, 2, 100, 77, 40), attention.forms(), options)
+    results = found.results
+    assert {"minisd", "naive", "sdpa", "sdpa:math", "sdpa:flash"} <= set(results)
+    assert found.flop == 4 * 2 * 2 * 100 * 77 * 40
+    assert "no CUDA" in results["fused"].failed or "GPU" in results["fused"].failed
+    assert not any(result.wrong for result in results.values())
+    assert results["naive"].allowed == pytest.approx(1.5 * results["naive"].distance, rel=0.05)  # it rounds once
+    assert results["sdpa"].allowed is None  # a peer
+    assert "naive" not in found.ratios()
+    assert "sdpa" in found.ratios()
+
+
+def test_a_form_of_minisd_that_is_off_is_wrong():
+    def faint(q, k, v):
+        return 0.99 * attention.forms()["naive"](q, k, v)
+
+    options, shape = Options(dtype="bfloat16", pairs=1), attention.Shape(1, 1, 20, 20, 40)
+    found = attention.measure_forms(shape, {"minisd": faint, "sdpa": faint}, options).results
+    assert (found["minisd"].wrong, found["sdpa"].wrong) == (True, False)
+
+
+def test_training_is_measured_with_the_backward_pass():
+    options, shape = Options(pairs=1), attention.Shape(1, 1, 20, 20, 40)
+    forward = attention.measure_forms(shape, attention.forms(("none",)), options)
+    training = attention.measure_forms(shape, attention.forms(("none",)), options, backward=True)
+    assert training.flop == 3.5 * forward.flop
+    assert {name for name, result in training.results.items() if result.seconds} >= {"minisd", "naive", "matmul"}
+    with pytest.raises(ValueError, match="unknown peer 'fa9'; known here: none, sdpa"):
+        attention.forms(("fa9",))
 
 
 # ----------------------------------------------------------------------------------------------------------- misuse

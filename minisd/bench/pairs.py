@@ -19,6 +19,8 @@ from minisd.bench.options import Options
 from minisd.bench.process import Failed, Run, Worker
 
 COVERAGE = 0.9  # of the intervals of medians
+FLOAT32_DISTANCE = 2e-5  # relative, of two correct float32 implementations at the official size
+NO_FURTHER = 1.1  # × the judge's own distance: two roundings of the same arithmetic differ by chance
 
 
 class Case(Protocol):
@@ -39,20 +41,27 @@ Program = Callable[[Path, Case], Run]
 
 @dataclass
 class Result:
-    """One contender in one case. seconds: of each pair. distance: relative, of its result from the float32 one.
+    """One contender in one case. seconds: of each pair. distance: relative, of its result from what counts as right.
 
-    more: what else its subject knows of it, by the column's name.
+    allowed: the distance beyond which it is wrong, None for peers. own: of minisd's, but not what is held against the
+    peers. more: what else its subject knows of it, by the column's name.
     """
 
     seconds: list[float] = field(default_factory=list)
     peak: int | None = None  # bytes
     distance: float | None = None
+    allowed: float | None = None
+    own: bool = False
     failed: str = ""
     more: dict[str, float | str] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def wrong(self) -> bool:
+        return None not in (self.distance, self.allowed) and not self.distance <= self.allowed
 
 
 @dataclass
@@ -67,7 +76,7 @@ class Measured:
     def ratios(self) -> dict[str, tuple[float, float, float]]:
         """peer → minisd's time over the peer's, pair by pair: (median, its interval's ends)."""
         ours = self.results["minisd"].seconds
-        peers = {name: r.seconds for name, r in self.results.items() if name != "minisd" and r.seconds}
+        peers = {name: r.seconds for name, r in self.results.items() if name != "minisd" and r.seconds and not r.own}
         return {name: interval([a / b for a, b in zip(ours, theirs, strict=True)]) for name, theirs in peers.items()}
 
 
@@ -119,6 +128,9 @@ def measure(
         if expected is not None:
             for name, output in outputs.items():
                 found.results[name].distance = distance(output, expected)
+            judged = next((r.distance for name, r in found.results.items() if programs[name] is reference), None)
+            allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and NO_FURTHER * judged
+            found.results["minisd"].allowed = allowed
         product = partial(matmul, options.dtype, options.device, matmul_side)
         product = stack.enter_context(Worker(product, options.device))
         product.output()

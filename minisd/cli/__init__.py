@@ -37,6 +37,7 @@ BENCHES = {
     "bench:bench_unet": "Time and memory of one guided step of the U-Net.",
     "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
     "bench:bench_load": "Time and memory of loading a checkpoint.",
+    "bench:bench_attention": "Time and error of every form of attention.",
 }
 # By what is typed after "minisd".
 USAGE = {"txt2img": "txt2img [OPTIONS] PROMPT...", "plot schedules": "plot schedules [OPTIONS] [NAME...]"}
@@ -70,6 +71,10 @@ EXAMPLES = {
         "minisd bench unet --batch 1,2,4,8 --device cuda --dtype float16 --peers diffusers,diffusers-compiled",
     ],
     "bench vae": ["minisd bench vae --dtype bfloat16 --pairs 7"],
+    "bench attention": [
+        "minisd bench attention --dtype bfloat16 --peers sdpa",
+        "minisd bench attention --device cuda --dtype float16 --training --json attention.json",
+    ],
     "bench load": ["minisd bench load --dtype float16"],
     "plot attention": ['minisd plot attention "a red apple on a blue table"'],
 }

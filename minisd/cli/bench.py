@@ -39,6 +39,18 @@ def bench_load(*, options: Annotated[Options, Flat] = Options()) -> int:
     return publish([measure(options)], options)
 
 
+def bench_attention(*, options: Annotated[Options, Flat] = Options(), training: bool = False) -> int:
+    """Time and error of every form of attention in the shapes of Stable Diffusion: minisd's, PyTorch's, flash-attn's.
+
+    Args:
+        training: also forward and backward together.
+    """
+    check(options)
+    from minisd.bench.attention import bench_attention as measure
+
+    return publish([measure(options, training=training)], options)
+
+
 def check(options: Options) -> None:
     """ValueError for what could not be measured or written, said before minutes are spent."""
     from minisd.cli.options import Model
