@@ -5,21 +5,24 @@ import math
 import statistics
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import TINY
 
-from minisd.bench import attention, load, pairs, unet, vae
+from minisd.bench import attention, load, pairs, txt2img, unet, vae
 from minisd.bench.compare import compare
 from minisd.bench.machine import machine
 from minisd.bench.options import Options, Pictures
 from minisd.bench.pairs import Measured, Result, distance, interval
-from minisd.bench.peers import chosen
+from minisd.bench.peers import chosen, shared_with
 from minisd.bench.process import Failed, Worker, alone, resident
 from minisd.bench.report import Report, publish
+from minisd.bench.startup import dissect
 from minisd.bench.weights import write_random_folder
 from minisd.cli import main
 from minisd.config import SD1
@@ -56,6 +59,29 @@ def test_minisd_and_diffusers_are_measured_on_the_same_arithmetic(case, folder):
     assert distance(ours, theirs) < 2e-5
     assert again.dtype == torch.bfloat16
     assert 1e-4 < distance(again.float().numpy(), theirs) < 0.05  # bfloat16 has 8 bits
+
+
+def test_whole_pictures_are_those_of_the_peer(tmp_path):
+    """From the same noise, to a level of 256; the real vocabulary, since diffusers' tokenizer knows no other."""
+    pytest.importorskip("diffusers")
+    words = {"vocab_size": 49408, "bos_id": 49406, "eos_id": 49407, "pad_id": 49407}
+    config = replace(CONFIG, text=replace(CONFIG.text, **words))
+    write_random_folder(tmp_path, config)
+    case = txt2img.Picture(config, 32, 2, 3, "float32")
+    with torch.no_grad():
+        ours, theirs = (txt2img.CONTENDERS[name](tmp_path, case)().numpy() for name in ("minisd", "diffusers"))
+    assert ours.std() > 0.05
+    assert np.abs(ours[0] - ours[1]).max() > 0.05
+    assert distance(ours, theirs) < 1 / 255
+    step = unet.Step(config, 32, 2, "float32")
+    assert case.flop() == 3 * step.flop() + vae.Coding(config, "decode", 32, 2, "float32").flop()
+
+
+def test_a_start_is_taken_apart_by_the_commands_own_functions(tmp_path):
+    parts = dissect(Path(__file__).parent / "data" / "tiny.safetensors", tmp_path / "a.png", "a red apple")
+    assert list(parts) == ["import", "load", "text", "30 steps", "decode", "save"]
+    assert min(parts.values()) >= 0
+    assert Image.open(tmp_path / "a.png").size == (64, 64)
 
 
 def test_operations_are_counted_at_the_official_size_without_computing():
@@ -273,6 +299,13 @@ def test_peers_are_those_that_were_asked_for():
     assert "diffusers-compiled" not in chosen(unet.CONTENDERS, None)  # minutes of compiling: only where it is named
     with pytest.raises(ValueError, match="unknown peer 'diffuser'; known here: none, diffusers"):
         chosen(unet.CONTENDERS, ("diffuser",))
+
+
+def test_every_subject_of_bench_all_takes_the_peers_it_knows():
+    asked = Pictures(peers=("diffusers", "openvino"))
+    assert shared_with(unet.CONTENDERS, asked).peers == ("diffusers", "openvino")
+    assert shared_with(load.CONTENDERS, asked).peers == ("diffusers",)
+    assert shared_with(attention.forms(), asked).peers is None
 
 
 def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):

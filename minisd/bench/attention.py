@@ -23,7 +23,12 @@ from minisd.kernels.attention import IMPLEMENTATIONS
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 OWN = ("minisd", *(name for name in IMPLEMENTATIONS if name != "sdpa"))  # "minisd" is what its networks run
 ROUNDINGS = 1.5  # of the exact result to the dtype: what an own form may be off by …
-ROUND_ONCE = ("naive", "sdpa32", "fused", "hopper")  # … and √2 times as much if it rounds the weights as well as the result
+ROUND_ONCE = (
+    "naive",
+    "sdpa32",
+    "fused",
+    "hopper",
+)  # … and √2 times as much if it rounds the weights as well as the result
 CALLS = 20  # captured into one CUDA graph
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minisd.bench.machine import machine
 from minisd.bench.options import Options
-from minisd.bench.pairs import Case, Program, measure
+from minisd.bench.pairs import FLOAT32_DISTANCE, Case, Program, measure
 from minisd.bench.peers import chosen, judge
 from minisd.bench.report import Report
 from minisd.bench.weights import WHOLE, write_random_folder
@@ -22,12 +22,13 @@ def compare(
     options: Options,
     *,
     networks: Collection[str] = WHOLE,
+    float32_distance: float = FLOAT32_DISTANCE,
     matmul_side: int | None = None,
 ) -> Report:
     """minisd and the peers that the options ask for, in every case, on the same random weights.
 
-    what: in words, what one run is. networks: those that the programs load. matmul_side: of the matrices by whose
-    product the machine is judged.
+    what: in words, what one run is. networks: those that the programs load. float32_distance: what float32 results may
+    differ by. matmul_side: of the matrices by whose product the machine is judged.
     """
     programs = chosen(contenders, options.peers)
     report = Report(subject, what, machine(options.device), options)

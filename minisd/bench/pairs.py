@@ -99,6 +99,7 @@ def measure(
     options: Options,
     *,
     reference: Program | None = None,
+    float32_distance: float = FLOAT32_DISTANCE,
     matmul_side: int | None = None,
 ) -> Measured:
     """The programs' times, peaks and distances in one case; "minisd" is one of them.
@@ -129,7 +130,7 @@ def measure(
             for name, output in outputs.items():
                 found.results[name].distance = distance(output, expected)
             judged = next((r.distance for name, r in found.results.items() if programs[name] is reference), None)
-            allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and NO_FURTHER * judged
+            allowed = float32_distance if case.dtype == "float32" else judged and NO_FURTHER * judged
             found.results["minisd"].allowed = allowed
         product = partial(matmul, options.dtype, options.device, matmul_side)
         product = stack.enter_context(Worker(product, options.device))

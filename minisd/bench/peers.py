@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from minisd.bench.options import Options
 from minisd.bench.pairs import Program
 
 if TYPE_CHECKING:
@@ -36,6 +38,12 @@ def chosen(contenders: Mapping[str, Program], wanted: tuple[str, ...] | None) ->
         if not installed(name):
             raise ValueError(f"the peer {name} is not installed: {NEEDS[name][1]}")
     return {name: contenders[name] for name in ("minisd", *peers)}
+
+
+def shared_with(contenders: Mapping[str, object], options: Options) -> Options:
+    """The options of all subjects, with those of the peers that this one knows; all of its own where it knows none."""
+    known = tuple(name for name in options.peers or () if name == "none" or name in contenders)
+    return replace(options, peers=known or None)
 
 
 def installed(name: str) -> bool:

@@ -36,8 +36,10 @@ EVALUATIONS = {"evaluate:eval_mini": "A model trained on the emoji: what it keep
 BENCHES = {
     "bench:bench_unet": "Time and memory of one guided step of the U-Net.",
     "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
+    "bench:bench_txt2img": "Time and memory of whole pictures, and where a start goes.",
     "bench:bench_load": "Time and memory of loading a checkpoint.",
     "bench:bench_attention": "Time and error of every form of attention.",
+    "bench:bench_all": "All of them.",
 }
 # By what is typed after "minisd".
 USAGE = {"txt2img": "txt2img [OPTIONS] PROMPT...", "plot schedules": "plot schedules [OPTIONS] [NAME...]"}
@@ -71,6 +73,7 @@ EXAMPLES = {
         "minisd bench unet --batch 1,2,4,8 --device cuda --dtype float16 --peers diffusers,diffusers-compiled",
     ],
     "bench vae": ["minisd bench vae --dtype bfloat16 --pairs 7"],
+    "bench txt2img": ["minisd bench txt2img --dtype bfloat16 --steps 10 --pairs 3 --json txt2img.json"],
     "bench attention": [
         "minisd bench attention --dtype bfloat16 --peers sdpa",
         "minisd bench attention --device cuda --dtype float16 --training --json attention.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -31,6 +32,21 @@ def bench_vae(*, options: Annotated[Pictures, Flat] = Pictures()) -> int:
     return publish([measure(options)], options)
 
 
+def bench_txt2img(
+    *, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 20, checkpoint: Path | None = None
+) -> int:
+    """Time and memory of whole pictures, random weights of the official size; and the start-up of `minisd txt2img`.
+
+    Args:
+        steps: of each picture.
+        checkpoint: whose `minisd txt2img` is taken apart; the mini model when left out.
+    """
+    check(options)
+    from minisd.bench.txt2img import bench_txt2img as measure
+
+    return publish([measure(options, steps=steps, checkpoint=checkpoint)], options)
+
+
 def bench_load(*, options: Annotated[Options, Flat] = Options()) -> int:
     """Time and memory of loading a full-size Stable Diffusion 1 file with random weights of --dtype."""
     check(options)
@@ -49,6 +65,26 @@ def bench_attention(*, options: Annotated[Options, Flat] = Options(), training: 
     from minisd.bench.attention import bench_attention as measure
 
     return publish([measure(options, training=training)], options)
+
+
+def bench_all(*, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 20) -> int:
+    """All benchmarks one after the other; they take half an hour or more.
+
+    Args:
+        steps: of each picture of txt2img.
+    """
+    check(options)
+    from minisd.bench import attention, load, txt2img, unet, vae
+    from minisd.bench.peers import shared_with
+
+    reports = [
+        unet.bench_unet(shared_with(unet.CONTENDERS, options)),
+        vae.bench_vae(shared_with(vae.CONTENDERS, options)),
+        txt2img.bench_txt2img(shared_with(txt2img.CONTENDERS, options), steps=steps),
+        load.bench_load(shared_with(load.CONTENDERS, options)),
+        attention.bench_attention(shared_with(attention.forms(), options)),
+    ]
+    return publish(reports, options)
 
 
 def check(options: Options) -> None:

@@ -1,0 +1,79 @@
+"""Where the time of a whole `minisd txt2img` goes: the command's own functions, one after the other, with a watch.
+
+`python -m minisd.bench.startup CHECKPOINT OUT PROMPT` is one such process; `startup` runs several.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+
+def startup(checkpoint: Path | None, prompt: str, runs: int) -> dict[str, float]:
+    """Seconds of each part of a whole `minisd txt2img`, and of the whole process: medians of `runs` processes each.
+
+    checkpoint: the mini model when None. ValueError where the command fails.
+    """
+    from minisd.pipeline import mini_model
+
+    checkpoint, taken, whole = checkpoint or mini_model(), [], []
+    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:
+        for i in range(runs):
+            out = Path(folder, f"{i}.png")
+            taken.append(json.loads(_python("minisd.bench.startup", str(checkpoint), str(out), prompt)))
+            start = time.perf_counter()
+            _python(
+                "minisd", "txt2img", prompt, "--checkpoint", str(checkpoint), "--out", str(Path(folder, f"w{i}.png"))
+            )
+            whole.append(time.perf_counter() - start)
+    return {name: median(one[name] for one in taken) for name in taken[0]} | {"whole process": median(whole)}
+
+
+def _python(module: str, *arguments: str) -> str:
+    """The last line that `python -m module` prints."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["it failed"])[-1])
+    return done.stdout.splitlines()[-1]
+
+
+def dissect(checkpoint: Path, out: Path, prompt: str) -> dict[str, float]:
+    """Seconds of each part of `minisd.cli.generate.make`, in a fresh process."""
+    parts, last = {}, time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        parts[name], last = now - last, now
+
+    import minisd.pipeline  # noqa: F401 - all that is heavy
+    from minisd.cli.generate import plan, samplings
+    from minisd.cli.options import Common, Model
+    from minisd.cli.output import Output
+    from minisd.record.arguments import Txt2Img
+    from minisd.record.png import save_png
+
+    lap("import")
+    common = Common(model=Model(checkpoint=checkpoint), output=Output(out=out))
+    call, names = plan([prompt], Txt2Img(), common, {})
+    sd = common.model.load()
+    lap("load")
+    sampling = next(samplings(sd, call, {}))
+    lap("text")
+    for _ in sampling:
+        pass
+    lap(f"{len(sampling)} steps")
+    images = sampling.images()
+    lap("decode")
+    save_png(names[0], images[0], call, 0)
+    lap("save")
+    return parts
+
+
+if __name__ == "__main__":
+    print(json.dumps(dissect(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
