@@ -115,7 +115,7 @@ class TensorFile(Mapping[str, Tensor]):
         return self.entry(name).dtype
 
     def read(self, name: str | Entry, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous tensor of its own, converted on the way; memory beyond the result stays within a few MiB."""
+        """A contiguous tensor of its own, converted on the way; of the file no more than a few chunks are in memory."""
         if isinstance(name, str) and name + ROWS in self._stored:
             return self._gather(name).to(dtype)
         return self._file.read(name if isinstance(name, Entry) else self.entry(name), dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minisd.checkpoints.files.entries import Entry
 
-CHUNK = 4 << 20  # bytes; bounds what a conversion holds besides its result
+CHUNK = 16 << 20  # bytes; bounds what a conversion holds of the file besides its result
 
 
 # Linux: a private, writable map is counted against memory as if all of it were to be written, which a file larger than
@@ -39,6 +39,7 @@ class MappedFile:
         # hand: every tensor holds a reference to it, and it goes away with the last of them.
         self.map = _private_map(self.raw.fileno())
         self.size = len(self.map)
+        self._source = _private_map(self.raw.fileno())  # of pages that `read` may give back: nobody edits them
 
     def view(self, entry: Entry) -> Tensor:
         """The tensor on the map itself: nothing is read before it is used. Copied only where it is misaligned."""
@@ -55,24 +56,29 @@ class MappedFile:
         dtype = dtype or entry.dtype
         if entry.numel == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        if not entry.is_contiguous:
+        if dtype == entry.dtype and entry.is_contiguous:
+            out = torch.empty(entry.shape, dtype=dtype)
+            self._read_into(out.view(-1), entry.offset)
+            return out
+        if not entry.is_contiguous or entry.offset % entry.dtype.itemsize:
             stored = torch.empty(entry.nbytes // entry.dtype.itemsize, dtype=entry.dtype)
             self._read_into(stored, entry.offset)
             return stored.as_strided(entry.shape, entry.stride).to(dtype).contiguous()
+        # Nine tenths of the time are the system's, handing out memory: a buffer in between would be more of it.
         out = torch.empty(entry.shape, dtype=dtype)
-        flat = out.view(-1)
-        if dtype == entry.dtype:
-            self._read_into(flat, entry.offset)
-            return out
+        source = torch.frombuffer(self._source, dtype=entry.dtype, count=entry.numel, offset=entry.offset)
         step = CHUNK // entry.dtype.itemsize
-        # A map of its own goes back to the system at once; freed by malloc, such buffers pile up between the results.
-        scratch = mmap.mmap(-1, min(CHUNK, entry.nbytes))
-        buffer = torch.frombuffer(scratch, dtype=entry.dtype)
         for start in range(0, entry.numel, step):
-            part = buffer[: entry.numel - start]
-            self._read_into(part, entry.offset + start * entry.dtype.itemsize)
-            flat[start : start + step].copy_(part)
+            part = source[start : start + step]
+            out.view(-1)[start : start + step].copy_(part)
+            self._forget(entry.offset + start * entry.dtype.itemsize, part.nbytes)
         return out
+
+    def _forget(self, offset: int, nbytes: int) -> None:
+        """Give the pages of a stretch back, of the map that is read and never written; the file keeps them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = offset - offset % mmap.PAGESIZE
+            self._source.madvise(mmap.MADV_DONTNEED, begin, offset + nbytes - begin)
 
     def bytes(self, offset: int, nbytes: int) -> bytes:
         """Up to nbytes from offset on; fewer at the end of the file."""
