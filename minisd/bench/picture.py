@@ -44,11 +44,18 @@ def _gigabytes(case: Measured, name: str) -> float | None:
     return None if peak is None else peak / 1e9
 
 
+def _telling(case: Measured, report: Report) -> list[tuple[str, str | int]]:
+    """The parts of its label in which the cases of a report differ."""
+    return [(k, v) for k, v in case.label.items() if len({other.label[k] for other in report.cases}) > 1]
+
+
 def _lines(axes: Axes, report: Report, amount, unit: str, along: str) -> None:
     """One line a contender, and for every other part of the labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     lines: dict[str, list[tuple[int, float]]] = {}
     for case in report.cases:
-        rest = [f"{v}" if k == "way" else f"{k} {v}" for k, v in case.label.items() if k != along]
+        rest = [str(v) if isinstance(v, str) else f"{k} {v}" for k, v in _telling(case, report) if k != along]
         for name in case.results:
             if (y := amount(case, name)) is not None:
                 lines.setdefault(", ".join([name, *rest]), []).append((case.label[along], y))
@@ -56,9 +63,15 @@ def _lines(axes: Axes, report: Report, amount, unit: str, along: str) -> None:
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
     values = sorted({case.label[along] for case in report.cases})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(values, [str(value) for value in values])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    if unit == "seconds":  # grow over decades, while memory begins with the weights
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel(UNITS[along], fontsize=SMALL)
     axes.set_ylabel(unit, fontsize=SMALL)
     axes.grid(alpha=0.3)
@@ -68,13 +81,13 @@ def _lines(axes: Axes, report: Report, amount, unit: str, along: str) -> None:
 
 def _bars(axes: Axes, report: Report, amount, unit: str) -> None:
     """One bar a contender and case, the first on top."""
-    several, bars = len(report.cases) > 1, []
+    bars, names = [], dict.fromkeys(name for case in report.cases for name in case.results)
     for case in report.cases:
-        where = " ".join(str(value) for value in case.label.values())
+        where = " ".join(str(value) for _, value in _telling(case, report))
         for name in case.results:
             if (x := amount(case, name)) is not None:
-                bars.append((f"{where}, {name}" if several else name, x, name))
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for *_, name in bars))}
+                bars.append((f"{where}, {name}" if where else name, x, name))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
     drawn = axes.barh(range(len(bars)), [x for _, x, _ in bars], color=[colours[name] for *_, name in bars])
     axes.bar_label(drawn, [f"{x:.3g}" for _, x, _ in bars], padding=3, fontsize=SMALL)
     axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
