@@ -56,8 +56,12 @@ def diffusers(file: File) -> Callable[[], list[nn.Module]]:
     from diffusers import StableDiffusionPipeline
 
     def run() -> list[nn.Module]:
-        options = {"config": str(file.configs), "local_files_only": True, "torch_dtype": getattr(torch, file.dtype)}
-        pipeline = StableDiffusionPipeline.from_single_file(str(file.path), **options).to(file.device)
+        options = {"config": str(file.configs), "local_files_only": True}
+        if file.dtype != "float32":  # its default; told so, it casts once more
+            options["torch_dtype"] = getattr(torch, file.dtype)
+        pipeline = StableDiffusionPipeline.from_single_file(str(file.path), **options)
+        if file.device != "cpu":
+            pipeline.to(file.device)
         return [pipeline.unet, pipeline.vae, pipeline.text_encoder]
 
     return run
@@ -83,7 +87,7 @@ def bench_load(options: Options, config: ModelConfig = SD1) -> Report:
         size = file.path.stat().st_size
         found = Measured({"file": options.dtype}, {name: Result() for name in programs})
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
-        reading = []
+        reading, touching = [], []
         for i in range(options.pairs):
             for name in programs if i % 2 == 0 else reversed(programs):
                 reading.append(read_through(file.path))
@@ -93,13 +97,18 @@ def bench_load(options: Options, config: ModelConfig = SD1) -> Report:
                     if name == "minisd":
                         raise
                     found.results[name].failed = str(error)
+            kept = runs["minisd"][-1]["kept"]
+            touching.append(alone(partial(touch, int(kept))))
             times = ", ".join(f"{name} {taken[-1]['load']:.3g} s" for name, taken in runs.items() if taken)
             say(found, f"pair {i + 1} of {options.pairs}: {times}")
     for name, taken in runs.items():
         if not found.results[name].failed:
             found.results[name] = _result(taken)
     what = f"{config.name}, {size / 1e9:.2f} GB of {options.dtype} in one file, loaded as {dtype}"
-    note = f"Reading the file from the page cache into a buffer, alone: {min(reading):.2f} s."
+    note = (
+        f"Alone, at best: reading the file from the page cache into a buffer {min(reading):.2f} s; "
+        f"writing {kept / 1e9:.2f} GB of new memory once, which converted weights need, {min(touching):.2f} s."
+    )
     return Report("load", what, machine(options.device), options, [found], [note])
 
 
@@ -137,6 +146,13 @@ def read_through(path: Path) -> float:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+    return time.perf_counter() - start
+
+
+def touch(nbytes: int) -> float:
+    """Seconds until so much new memory has been written to: what the system takes to hand it out."""
+    start = time.perf_counter()
+    torch.empty(nbytes, dtype=torch.uint8).fill_(1)
     return time.perf_counter() - start
 
 

@@ -20,7 +20,7 @@ from minisd.models.vae import VAE
 
 NETWORKS = {"unet": UNet, "vae": VAE, "text": CLIPText, "vision": CLIPVision, "control": ControlNet}
 Cast = Callable[[torch.dtype], torch.dtype]
-READERS = 4  # threads that read and convert tensors
+READERS = 4  # threads at most that read and convert tensors
 
 
 def keep_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -118,8 +118,15 @@ def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast:
     keys = list(dict.fromkeys(source.key for source in names.values()))
     if torch.device(device).type == "cpu" and all(cast(tensors.dtype(key)) == tensors.dtype(key) for key in keys):
         return take(read, names)  # nothing is read
-    with ThreadPoolExecutor(READERS) as pool:  # most of the time goes into the system's handing out of memory
-        return take(dict(zip(keys, pool.map(read, keys), strict=True)).__getitem__, names)
+    # Most of the time goes into the system's handing out of memory: quickest from as many threads as there are cores,
+    # each converting by itself.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(READERS, threads)) as pool:
+            return take(dict(zip(keys, pool.map(read, keys), strict=True)).__getitem__, names)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def refuse(where: str | os.PathLike, why: str):
