@@ -19,7 +19,7 @@ def installed(tmp_path_factory):
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     (source / "weights").mkdir()
-    shutil.copy(ROOT / "weights" / "mini.safetensors", source / "weights")
+    shutil.copy(ROOT / "tests" / "data" / "tiny.safetensors", source / "weights" / "mini.safetensors")  # in its place
     shutil.copytree(ROOT / "minisd", source / "minisd", ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(wheels)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", str(source), *options], check=True)
