@@ -330,6 +330,23 @@ def test_without_matplotlib_the_curves_are_missing_and_named(tmp_path, monkeypat
     assert (tmp_path / "samples-0000010.png").exists()
 
 
+def test_tensorboard_gets_the_log_and_the_sheets(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_ddpm(pictures(), tmp_path, DDPM, replace(RUN, tensorboard=True))
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    logged = [line["loss"] for line in read_log(tmp_path / "log.jsonl")]
+    assert [event.value for event in found.Scalars("loss")] == pytest.approx(logged)
+    assert [event.step for event in found.Images("samples")] == [10]
+
+
+def test_without_tensorboard_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'minisd\[tensorboard\]'"):
+        train_ddpm(pictures(), tmp_path, DDPM, replace(RUN, tensorboard=True))
+
+
 def test_differences_are_named_by_their_path():
     old, new = {"a": {"b": 1, "c": [1, 2]}, "d": "x"}, {"a": {"b": 2, "c": [1, 2]}, "e": 0.5}
     assert differing(old, new) == ["a.b was 1, is 2", 'd was "x", is absent', "e was absent, is 0.5"]

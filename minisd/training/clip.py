@@ -122,7 +122,7 @@ class CLIPRecipe:
         side = self.config.vision.image_size
         return normalize(F.interpolate(image, size=(side, side), mode="bilinear", antialias=True))
 
-    def sheet(self) -> None:
+    def sheet(self, step: int) -> None:
         """Nothing to look at: the curves say it."""
 
 

@@ -141,7 +141,7 @@ class DDPMRecipe:
         eps = self.model.network(x_t, t.to(x_t.device)).float()
         return {"loss": per_image((eps - noise) ** 2).mean()}
 
-    def sheet(self) -> Image.Image:
+    def sheet(self, step: int) -> Image.Image:
         return grid(self.model.sample(16, steps=min(25, len(self.chain)), deterministic=True))
 
 

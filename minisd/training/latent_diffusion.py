@@ -118,7 +118,7 @@ class LatentDiffusionRecipe:
         weights = min_snr_weights(schedule, t, self.config.min_snr, prediction).to(error.device)
         return {"loss": (weights * error).mean(), "mse": error.mean()}
 
-    def sheet(self) -> Image.Image:
+    def sheet(self, step: int) -> Image.Image:
         """The prompts of the config, drawn with the model as it is, by the code that draws every picture."""
         networks = {"unet": self.unet, "vae": self.vae, "text": self.text}
         sd = StableDiffusion(Checkpoint(self.config.model, networks, {}, []))

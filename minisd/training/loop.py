@@ -33,7 +33,8 @@ from minisd.training.state import load_state, save_state
 class Recipe(Protocol):
     """What is learnt from what, by which loss. The loop needs to know no more.
 
-    networks: all that has weights to learn, by name. len(): the number of examples.
+    networks: all that has weights to learn, by name; those without requires_grad stay as they are, and the state is
+    without them. len(): the number of examples.
     """
 
     name: str
@@ -44,8 +45,8 @@ class Recipe(Protocol):
     def loss(self, examples: Tensor, draws: Draws) -> dict[str, Tensor]:
         """Scalars by name: "loss" is differentiated, the mean over the examples (indices, 'b'); the rest is logged."""
 
-    def sheet(self) -> Image.Image | None:
-        """Samples of the networks as they are."""
+    def sheet(self, step: int) -> Image.Image | None:
+        """Samples of the networks as they are after so many steps."""
 
 
 class Diverged(ValueError):
@@ -89,7 +90,10 @@ def train(
     if group.is_first:
         _write_json(folder / "config.json", settings)
     first, show = group.is_first, group.is_first and not run.quiet
-    progress = Progress(folder, recipe.name, start, config.steps, config.batch_size, bar=show, write=first)
+    board = run.tensorboard
+    progress = Progress(
+        folder, recipe.name, start, config.steps, config.batch_size, bar=show, write=first, tensorboard=board
+    )
     with deterministic(device), progress, whole_steps(group) as interrupted:
         for step in range(start, config.steps):
             for parameters in optimizer.param_groups:
@@ -120,7 +124,7 @@ def train(
                 progress.log(done, lr=learning_rate(config, step))
             if due(done, run.sample_every):
                 with ema.applied():
-                    progress.draw(done, recipe.sheet())
+                    progress.draw(done, recipe.sheet(done))
             if due(done, run.save_every) or interrupted():
                 save_state(state, done, networks, optimizer, ema, settings)
             if interrupted():

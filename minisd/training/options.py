@@ -58,6 +58,7 @@ class Run:
         log_every: steps between two lines of the log.
         sample_every: steps between two sheets of samples; 0 for none but the last.
         quiet: no progress bar.
+        tensorboard: also write the log and the sheets for TensorBoard (pip install 'minisd[tensorboard]').
     """
 
     device: str = "cpu"
@@ -65,6 +66,7 @@ class Run:
     log_every: int = 50
     sample_every: int = 1000
     quiet: bool = False
+    tensorboard: bool = False
 
 
 RUN = Run()

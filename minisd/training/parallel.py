@@ -56,6 +56,11 @@ class Processes:
         for tensor, mean in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
+    def wait(self) -> None:
+        """Until every process has come here: what the first one writes to disk is then there for all."""
+        if self.count > 1:
+            dist.barrier()
+
     def gather(self, x: Tensor) -> Tensor:
         """The rows 'b d' of all processes, '(count b) d', in the order of the batch; gradients flow back to each."""
         return x if self.count == 1 else _Gather.apply(x, self)

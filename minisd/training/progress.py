@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,10 +23,21 @@ class Progress:
 
     Each line of the log has the step, the means of all values since the line before, and the seconds and samples per
     second of this sitting. A resumed training goes on after the line of the step where it starts. write: whether this
-    process writes the files; bar: whether it shows how far it is.
+    process writes the files; bar: whether it shows how far it is; tensorboard: whether that gets the same.
     """
 
-    def __init__(self, folder: Path, name: str, start: int, steps: int, batch_size: int, *, bar: bool, write: bool):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        start: int,
+        steps: int,
+        batch_size: int,
+        *,
+        bar: bool,
+        write: bool,
+        tensorboard: bool = False,
+    ):
         self.folder, self.batch_size = folder, batch_size
         self.lines = [line for line in read_log(folder / "log.jsonl") if line["step"] <= start]
         if write:
@@ -33,6 +45,7 @@ class Progress:
             write_whole(folder / "log.jsonl", lambda file: file.write(text.encode()))
         self._values: list[Mapping[str, Tensor]] = []
         self._keeps = write
+        self._board = summary_writer(folder, start) if tensorboard and write else None
         self._began = self._last = time.monotonic()
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=not bar, dynamic_ncols=True)
 
@@ -41,6 +54,8 @@ class Progress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
+        if self._board is not None:
+            self._board.close()
 
     def step(self, values: Mapping[str, Tensor]) -> None:
         """Count a step and remember its values, scalars on any device."""
@@ -60,6 +75,9 @@ class Progress:
         self.lines.append({"step": step, **means, **more, **times})
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
+        if self._board is not None:
+            for key, value in {**means, **more}.items():
+                self._board.add_scalar(key, value, step)
         self._bar.set_postfix_str(f"loss {means.get('loss', float('nan')):.4g}")
         self._values, self._last = [], now
 
@@ -68,6 +86,17 @@ class Progress:
         draw_curves(self.lines, self.folder / "curves.png")
         if sheet is not None:
             write_whole(self.folder / f"samples-{step:07d}.png", lambda file: sheet.save(file, "PNG"))
+            if self._board is not None:
+                self._board.add_image("samples", np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
+
+
+def summary_writer(folder: Path, start: int):
+    """TensorBoard's, which forgets what an earlier sitting wrote from `start` on."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("TensorBoard is not installed: pip install 'minisd[tensorboard]'") from None
+    return SummaryWriter(folder / "tensorboard", purge_step=start + 1)
 
 
 def read_log(path: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The state of a training as one file: weights, averages, the optimiser's moments, and the step. Whole or absent.
+"""The state of a training as one file: what is learnt, averages, the optimiser's moments, the step. Whole or absent.
 
 Written beside and renamed, so that a kill or a full disk leaves the state before it. There is no random state in it:
 `draws` derives all chance from the step.
@@ -25,7 +25,7 @@ def save_state(
     path: str | os.PathLike, step: int, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: dict
 ) -> None:
     """Write the state after `step` steps. OSError where the disk is full: the file before stays."""
-    tensors = {f"networks.{name}": tensor for name, tensor in networks.state_dict().items()}
+    tensors = {f"networks.{name}": weight.detach() for name, weight in learnt_weights(networks).items()}
     tensors |= {f"averages.{name}": tensor for name, tensor in ema.averages.items()}
     for name, moments in _moments(networks, optimizer):
         tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in moments.items()}
@@ -56,7 +56,7 @@ def load_state(
     def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.read(name) for name in file if name.startswith(prefix)}
 
-    networks.load_state_dict(under("networks."))
+    take_weights(networks, under("networks."), path)
     for name, average in under("averages.").items():
         ema.averages[name].copy_(average)
     named = {id(p): name for name, p in networks.named_parameters()}
@@ -69,6 +69,22 @@ def load_state(
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return said["step"]
+
+
+def learnt_weights(networks: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a training moves, by name; frozen ones are somebody else's to keep."""
+    return {name: weight for name, weight in networks.named_parameters() if weight.requires_grad}
+
+
+@torch.no_grad()
+def take_weights(networks: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Copy tensors into the learnt weights of these names. ValueError where names or shapes do not match."""
+    weights = learnt_weights(networks)
+    shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (weights, tensors)]
+    if lines := differing(*shapes):
+        raise ValueError(f"{path} holds weights of other networks: {'; '.join(lines[:3])}")
+    for name, weight in weights.items():
+        weight.copy_(tensors[name])
 
 
 def _moments(networks: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -119,7 +119,7 @@ class VAERecipe:
         return adversary, hinge_loss(discriminator(image).float(), discriminator(output.detach()).float())
 
     @torch.no_grad()
-    def sheet(self) -> Image.Image:
+    def sheet(self, step: int) -> Image.Image:
         """Pictures above, their reconstructions below."""
         rows = torch.linspace(0, len(self) - 1, min(8, len(self))).long()
         device = next(self.vae.parameters()).device

@@ -1,9 +1,10 @@
-"""New weights and what a recipe does with whole networks: seeds, recomputation instead of memory."""
+"""What recipes do with whole networks: seeds, copies that learn, recomputation instead of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -19,6 +20,23 @@ def seeded(*key: object) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(*key).initial_seed())
         yield
+
+
+def copied(network: nn.Module, *, learn: bool, half: bool = False) -> nn.Module:
+    """A copy that learns, or a frozen one that shares the weights of the network wherever their dtype stays.
+
+    Weights become float32 (float64 stays), the dtype that AdamW needs to add small steps. half: of a frozen network the
+    matrices and kernels become bfloat16, to which autocast would round them at each use: the same numbers in half of
+    the memory.
+    """
+    matrices = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    memo = {}
+    for weight in network.parameters():
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if half and not learn and id(weight) in matrices:
+            dtype = torch.bfloat16
+        memo[id(weight)] = nn.Parameter(weight.detach().to(dtype, copy=learn), requires_grad=learn)
+    return deepcopy(network, memo)
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
