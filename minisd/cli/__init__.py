@@ -31,8 +31,14 @@ PLOTS = {
 TRAININGS = {
     "training:train_mini": "A whole model from nothing: autoencoder, CLIP, U-Net.",
     "training:train_ddpm": "A DDPM on pixels, the smallest lesson.",
+    "personalise:train_lora": "A subject, by a small file of additions: the cheap form of DreamBooth.",
+    "personalise:train_dreambooth": "A subject, by all weights, beside its class.",
+    "personalise:train_textual_inversion": "A subject, by one new word.",
 }
-EVALUATIONS = {"evaluate:eval_mini": "A model trained on the emoji: what it keeps, understands and draws."}
+EVALUATIONS = {
+    "evaluate:eval_mini": "A model trained on the emoji: what it keeps, understands and draws.",
+    "subjects:eval_subjects": "Textual inversion, LoRA and DreamBooth on held-out subjects, beside each other.",
+}
 BENCHES = {
     "bench:bench_unet": "Time and memory of one guided step of the U-Net.",
     "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
@@ -65,6 +71,19 @@ EXAMPLES = {
         "minisd train mini emoji --set unet.loop.steps=1000 unet.model.prediction=eps --out quick",
         "torchrun --nproc-per-node 2 -m minisd train mini emoji",
     ],
+    "eval subjects": ["minisd eval subjects", "minisd eval subjects --all", "minisd eval subjects duck violin"],
+    "train lora": [
+        "minisd train lora my-cat --token sks --class cat",
+        "minisd train lora my-cat --class cat --set rank=16 loop.steps=400 --checkpoint sd-v1-5.safetensors",
+        "minisd train lora --config lora/lora.json --out again",
+    ],
+    "train dreambooth": [
+        "minisd train dreambooth my-cat --token sks --class cat",
+        "minisd train dreambooth my-cat --class cat --set loop.precision=bfloat16 subject.recompute=true --device cuda",
+    ],
+    "train textual-inversion": [
+        'minisd train textual-inversion my-cat --token "<my-cat>" --class cat --set vectors=4',
+    ],
     "train ddpm": ["minisd train ddpm flowers --set size=64 schedule.kind=cosine"],
     "eval mini": ["minisd eval mini --data emoji", "minisd eval mini --checkpoint mini/mini.safetensors --steps 50"],
     "bench unet": [
@@ -96,7 +115,8 @@ def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
         **options,
     )
     for place, (path, line) in enumerate(commands.items()):
-        command = path.rpartition(":")[2].rpartition("_")[2]
+        function = path.rpartition(":")[2]
+        command = (function.partition("_")[2] or function).replace("_", "-")
         typed = command if name == "minisd" else f"{name} {command}"
         examples = "\n".join(f"  {example}" for example in EXAMPLES.get(typed, ()))
         app.command(

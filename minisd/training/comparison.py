@@ -1,0 +1,241 @@
+"""DreamBooth, Textual Inversion and LoRA on the same subjects: who is like them, heeds prompts, forgets nothing.
+
+Every subject has a folder with views in train/, others in test/. Between a floor, the untouched model with the class
+word, and a ceiling, real views judged as if they had been drawn, stands each method. What is finished is only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
+
+from minisd.config import Settings
+from minisd.eval.features import network_digest
+from minisd.eval.intervals import bootstrap, paired_bootstrap
+from minisd.eval.sheets import captioned
+from minisd.images import load_image
+from minisd.pipeline import StableDiffusion
+from minisd.record.files import sha256, write_whole
+from minisd.training.captions import with_article
+from minisd.training.dreambooth import DreamBoothConfig, train_dreambooth
+from minisd.training.lora import LoRAConfig, train_lora
+from minisd.training.options import LoopConfig, Run
+from minisd.training.photos import load_photos, photo_paths
+from minisd.training.prior import PriorConfig
+from minisd.training.subject import SubjectConfig, Validation, with_networks
+from minisd.training.textual_inversion import TextualInversionConfig, train_textual_inversion
+from minisd.training.weights import copied
+
+if TYPE_CHECKING:
+    from minisd.eval.subject import SubjectJudge
+
+FLOOR, CEILING, NO_PRIOR = "untouched model", "real views", "dreambooth without prior"
+TOKEN = "sks"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe and its config for a subject of this class word."""
+
+    name: str
+    config: Callable[[str], DreamBoothConfig | LoRAConfig | TextualInversionConfig]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and on what.
+
+    Attributes:
+        prompts: {} is the subject, or the class with its article.
+        seeds: pictures of each prompt.
+        class_pictures: of the class alone, for PRES.
+        views: training views of a subject, the first ones.
+        settings: how all of these are drawn.
+        precision: of the trainings.
+        class_prior: pictures of the class for prior preservation.
+        train_steps: of every training, in place of those planned.
+    """
+
+    prompts: tuple[str, ...] = ("{}", "{}, flat style", "a blue {}", "{} with a hat", "{} on a green field", "two {}")
+    seeds: int = 4
+    class_pictures: int = 16
+    views: int = 4
+    settings: Settings = field(default_factory=lambda: Settings(steps=25, guidance_scale=5.0, batch_size=8))
+    precision: Literal["float32", "bfloat16"] = "float32"
+    class_prior: int = 64
+    train_steps: int | None = None
+
+    def methods(self) -> tuple[Method, ...]:
+        """The rows, by plans for a model of a few million weights: some hundred steps at a high rate."""
+        steps = self.train_steps or 300
+        loop = LoopConfig(steps=steps, batch_size=4, lr=1e-4, warmup=20, ema=None, precision=self.precision)
+        prior = PriorConfig(count=self.class_prior, prompt="{}", settings=self.settings)
+        quiet = Validation(prompts=("{}",), seeds=1, steps=2, guidance_scale=1.0, best=False)
+
+        def subject(class_word: str, token: str = TOKEN) -> SubjectConfig:
+            return SubjectConfig(token, class_word, prompts=("{}", "a {}"), validation=quiet)
+
+        def inversion(class_word: str) -> TextualInversionConfig:
+            learning = replace(loop, steps=self.train_steps or 600, lr=5e-3)
+            return TextualInversionConfig(subject(class_word, "<subject>"), learning, vectors=4)
+
+        def lora(class_word: str) -> LoRAConfig:
+            return LoRAConfig(subject(class_word), prior, replace(loop, lr=1e-3), rank=8)
+
+        def dreambooth(class_word: str, weight: float = 1.0) -> DreamBoothConfig:
+            return DreamBoothConfig(subject(class_word), replace(prior, weight=weight), loop)
+
+        return (
+            Method("textual inversion", inversion),
+            Method("lora", lora),
+            Method("dreambooth", dreambooth),
+            Method(NO_PRIOR, lambda class_word: dreambooth(class_word, 0.0)),
+        )
+
+
+Scores = Mapping[str, float]
+
+
+def compare(
+    sd: StableDiffusion,
+    folder: Path,
+    class_word: str,
+    out: Path,
+    plan: Comparison,
+    judge: SubjectJudge,
+    run: Run,
+) -> dict[str, Scores]:
+    """Row → scores of one subject, floor and ceiling first. Each row keeps its scores and pictures in a folder of out.
+
+    judge: by the subject's test views.
+    """
+    size, named = sd.config.image_size, with_article(class_word)
+    views = [load_image(path).convert("RGB").resize((size, size)) for path in photo_paths(folder / "train")]
+    files = [sha256(path) for part in ("train", "test") for path in photo_paths(folder / part)]
+    models = [network_digest(network) for network in (sd.unet, sd.text_encoder, sd.vae)]
+
+    def row(name: str, config: object, draw: Callable[[Path], tuple[list, list, list]]) -> Scores:
+        place = out / name.replace(" ", "-")
+        known = {"models": models, "judge": judge.spaces, "class": class_word, "files": files}
+        made = {"plan": asdict(plan), "config": config, **known}
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        if (finished := _read(place / "scores.json", digest)) is not None:
+            return finished
+        images, prompts, of_class = draw(place / f"training-{digest}")
+        scores = judge.scores(images, prompts, **({"class_images": of_class} if of_class else {}))
+        sheet = captioned(images, prompts, columns=plan.seeds)
+        write_whole(place / "pictures.png", lambda file: sheet.save(file, "PNG"))
+        write_whole(place / "first.png", lambda file: images[0].save(file, "PNG"))
+        text = json.dumps({"digest": digest, "scores": scores}, indent=1) + "\n"
+        write_whole(place / "scores.json", lambda file: file.write(text.encode()))  # last: then the row is whole
+        return scores
+
+    def drawn(model: StableDiffusion, phrase: str) -> tuple[list, list, list]:
+        prompts = [prompt.replace("{}", phrase) for prompt in plan.prompts]
+        shown = [prompt.replace("{}", class_word) for prompt in plan.prompts for _ in range(plan.seeds)]
+        images = model.txt2img(prompts, num_images=plan.seeds, seed=0, settings=plan.settings)
+        of_class = model.txt2img(named, num_images=plan.class_pictures, seed=1000, settings=plan.settings)
+        return images, shown, of_class
+
+    def learnt(config) -> Callable[[Path], tuple[list, list, list]]:
+        def draw(work: Path) -> tuple[list, list, list]:
+            photos = load_photos(folder / "train", size, config.subject.views).first(plan.views)
+            if isinstance(config, TextualInversionConfig):
+                vectors = train_textual_inversion(sd, photos, work, config, run)
+                model = _copy(sd)
+                model.add_embedding(config.subject.token, vectors)
+                found = drawn(model, config.subject.token)
+            elif isinstance(config, LoRAConfig):
+                train_lora(sd, photos, work, config, run, class_folder=out.parent / "class")
+                model = _copy(sd)
+                model.load_lora(work / "lora.safetensors")
+                found = drawn(model, config.subject.phrase)
+            else:
+                model = train_dreambooth(sd, photos, work, config, run, class_folder=out.parent / "class")
+                found = drawn(model, config.subject.phrase)
+            for heavy in ("state.safetensors", "model.safetensors", "class.safetensors"):
+                (work / heavy).unlink(missing_ok=True)
+            return found
+
+        return draw
+
+    real = views[: plan.views]
+    rows = {
+        FLOOR: row(FLOOR, None, lambda work: drawn(sd, class_word)),
+        CEILING: row(CEILING, None, lambda work: (real, [class_word] * len(real), [])),
+    }
+    for method in plan.methods():
+        config = method.config(class_word)
+        rows[method.name] = row(method.name, asdict(config), learnt(config))
+    return rows
+
+
+def _copy(sd: StableDiffusion) -> StableDiffusion:
+    """A model with a text encoder and a U-Net of its own, to which words and LoRAs can be added."""
+    return with_networks(sd, unet=copied(sd.unet, learn=False), text=copied(sd.text_encoder, learn=False))
+
+
+def _read(path: Path, digest: str) -> Scores | None:
+    """The scores of a finished row, if it was made in this way."""
+    if not path.exists():
+        return None
+    said = json.loads(path.read_text(encoding="utf-8"))
+    return said["scores"] if said["digest"] == digest else None
+
+
+# ------------------------------------------------------------------------------------------------- over all subjects
+
+COLUMNS = {"CLIP-I": "higher", "DINO": "higher", "CLIP-T": "higher", "PRES": "lower", "DIV": "higher"}
+
+
+def table(found: Mapping[str, Mapping[str, Scores]]) -> str:
+    """Markdown: every row's mean over the subjects, with 95 % intervals; then, paired, its distance from the floor.
+
+    found: subject → row → scores.
+    """
+    columns = [name for name in COLUMNS if name in next(iter(found.values()))[FLOOR]]
+    names = list(next(iter(found.values())))
+
+    def values(row: str, column: str) -> list[float]:
+        return [scores[row][column] for scores in found.values() if column in scores[row]]
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def cell(row: str, column: str, against: str | None = None) -> str:
+        own = values(row, column)
+        if not own:
+            return "-"
+        if against is None:
+            return str(bootstrap(own))
+        interval = paired_bootstrap(own, values(against, column))
+        return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+    head = [
+        line(["", *(f"{name} ({COLUMNS[name]} is better)" for name in columns)]),
+        line(["---"] * (1 + len(columns))),
+    ]
+    means = [line([name, *(cell(name, column) for column in columns)]) for name in names]
+    learnt = [name for name in names if name not in (FLOOR, CEILING)]
+    pairs = [line([name, *(cell(name, column, FLOOR) for column in columns)]) for name in learnt]
+    kept = [line(["dreambooth, less that without prior", *(cell("dreambooth", c, NO_PRIOR) for c in columns)])]
+    first = [*head, *means, "", "Less the untouched model, subject by subject:", ""]
+    return "\n".join([*first, *head, *pairs, *(kept if NO_PRIOR in names else [])]) + "\n"
+
+
+def contact_sheet(out: Path, subjects: Mapping[str, Path], rows: Sequence[str]) -> Image.Image:
+    """A line for each subject: a training view, then the first picture of every row, of the plainest prompt."""
+    images, texts = [], []
+    for subject, folder in subjects.items():
+        drawn = [(out / subject / row.replace(" ", "-") / "first.png", row) for row in rows if row != CEILING]
+        for path, text in [(photo_paths(folder / "train")[0], subject), *drawn]:
+            image = load_image(path).convert("RGB")
+            images.append(image if not images else image.resize(images[0].size))
+            texts.append(text)
+    return captioned(images, texts, columns=len(rows))
