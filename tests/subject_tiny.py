@@ -25,7 +25,7 @@ from minisd.training.prior import PriorConfig
 from minisd.training.subject import SubjectConfig, SubjectRecipe, Validation
 from minisd.training.textual_inversion import TextualInversionConfig, train_textual_inversion
 
-RUN = Run(save_every=2, log_every=1, sample_every=0, quiet=True)
+RUN = Run(save_every=2, log_every=1, sample_every=3, quiet=True)
 LOOP = LoopConfig(steps=5, batch_size=2, lr=1e-3, warmup=0, ema=None)
 VALIDATION = Validation(prompts=("a {}",), seeds=2, steps=1, guidance_scale=1.0)
 SUBJECT = SubjectConfig("sks", "dog", validation=VALIDATION)

@@ -330,6 +330,14 @@ def test_without_matplotlib_the_curves_are_missing_and_named(tmp_path, monkeypat
     assert (tmp_path / "samples-0000010.png").exists()
 
 
+def test_sheets_on_the_way_change_no_bit_of_the_result(tmp_path, monkeypatch):
+    train_recipe("unet", tmp_path / "none")
+    monkeypatch.setattr("training_tiny.RUN", replace(RUN, sample_every=4))  # each lays the weights out for sampling
+    train_recipe("unet", tmp_path / "some")
+    assert len(list((tmp_path / "some").glob("samples-*.png"))) == 3
+    assert bits_of(tmp_path / "some") == bits_of(tmp_path / "none")
+
+
 def test_tensorboard_gets_the_log_and_the_sheets(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

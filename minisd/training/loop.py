@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minisd.nn.blocks import channels_last
 from minisd.record.files import write_whole
 from minisd.tasks.nonfinite import first_nonfinite_layer
 from minisd.training.draws import Draws, examples
@@ -71,6 +72,8 @@ def train(
     folder, device = Path(folder), group.device
     group.check(config.batch_size, config.accumulate)
     networks = recipe.networks.to(device).train()
+    # as sampling lays them out: AdamW's moments take the weights' layout, which no sheet may then change under them
+    channels_last(networks)
     optimizer = build_optimizer(networks, config)
     ema = EMA(networks, config.ema)
     state = folder / "state.safetensors"

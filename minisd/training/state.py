@@ -62,8 +62,14 @@ def load_state(
     named = {id(p): name for name, p in networks.named_parameters()}
     order = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
     moments = {key: under(f"optimizer.{key}.") for key in ("step", "exp_avg", "exp_avg_sq")}
+    weights = dict(networks.named_parameters())
+
+    def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+        """In memory as the weight is: AdamW's fused form reads both in that order."""
+        return tensor if tensor.shape != like.shape else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
     state = {
-        i: {key: tensors[name] for key, tensors in moments.items()}
+        i: {key: laid_out(tensors[name], weights[name]) for key, tensors in moments.items()}
         for i, name in enumerate(order)
         if name in moments["step"]
     }
