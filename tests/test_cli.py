@@ -28,7 +28,8 @@ from minisd.record.arguments import Txt2Img
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "2"]
-ALL = [path.rpartition(":")[2].replace("_", " ") for path in [*COMMANDS, *PLOTS, *TRAININGS, *EVALUATIONS, *BENCHES]]
+PATHS = [*COMMANDS, *PLOTS, *TRAININGS, *EVALUATIONS, *BENCHES]
+ALL = [path.rpartition(":")[2].replace("_", " ", 1).replace("_", "-") for path in PATHS]
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def build(
     held = {ours: source for ours, source in names.items() if source.key in part.tensors}
     state = _take(name, held, part.tensors, shapes, where, cast, device)
     if rest is not None:
-        more = keymap(network, _ORIGINAL[name]).items()
+        more = keymap(network, original_dialect(name, part.config)).items()
         more = {ours: source for ours, source in more if ours not in held and source.key in rest}
         state |= _take(name, more, rest, shapes, where, cast, device)
     if missing := [source.key for ours, source in names.items() if ours not in state]:
@@ -70,7 +70,11 @@ def assign(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         setattr(modules[module], leaf, nn.Parameter(tensor))
 
 
-_ORIGINAL = {"unet": "ldm", "vae": "ldm", "text": "openclip", "vision": "openclip"}
+def original_dialect(name: str, config) -> str:
+    """How the original's single files name the tensors of a network."""
+    if name == "text":
+        return "openclip" if config.activation == "gelu" else "hf"
+    return "openclip" if name == "vision" else "ldm"
 
 
 def on_meta(name: str, config, where: str | os.PathLike = "") -> nn.Module:

@@ -136,9 +136,14 @@ def _read_extra(opened: Opened) -> None:
     if TOKENS_KEY in extra.metadata:
         opened.added_tokens = _added_tokens(opened)
     opened.extras = Renamed(extra, {name: name for name in extra})
-    prefix = PREFIXES["text", "openclip"]
-    rest = [name for name in extra if name.startswith(prefix) and not INSIDE.match(name)]
-    opened.text_rest = Renamed(extra, {name.removeprefix(prefix): name for name in rest})
+    prefixes = PREFIXES["text", "openclip"], PREFIXES["text", "hf"]
+    rest = {
+        name: name.removeprefix(prefix)
+        for prefix in prefixes
+        for name in extra
+        if name.startswith(prefix) and not INSIDE.match(name)
+    }
+    opened.text_rest = Renamed(extra, {ours: name for name, ours in rest.items()})
     account([name for name in extra if name not in rest], opened.contents, f"{EXTRA}/")
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from minisd.checkpoints.building import original_dialect
 from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER, SUBFOLDERS, WEIGHTS
 from minisd.checkpoints.diffusers_write import folder_files
 from minisd.checkpoints.files import folded, save_safetensors
@@ -63,11 +64,7 @@ def _save_file(checkpoint: Checkpoint, path: Path, fold: bool) -> list[str]:
 
 def ldm_tensors(name: str, network: nn.Module, keep: set[str] | None = None) -> dict[str, Tensor]:
     """A network's tensors under their names in the original's single files; only our names in `keep`, if given."""
-    dialect = "ldm"
-    if name == "text":
-        dialect = "openclip" if network.config.activation == "gelu" else "hf"
-    elif name == "vision":
-        dialect = "openclip"
+    dialect = original_dialect(name, network.config)
     prefix = PREFIXES[name, dialect] if name == "text" else PREFIXES[name]
     names = keymap(network, dialect)
     return {prefix + key: t for key, t in _given(network, names, keep).items()}
@@ -127,7 +124,7 @@ def _not_in_diffusers(text: nn.Module, names: KeyMap) -> set[str]:
 
 def _normalizer(config: ModelConfig, extra: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """unCLIP's statistics of image embeddings, 'mean' and 'std', each '1 e'. Those of the H model are 0 and 1."""
-    if config.vision is None:
+    if config.vision is None or config.unet.vector_dim is None:
         return None
     kept = [extra.get(f"noise_augmentor.data_{name}") for name in ("mean", "std")]
     if None not in kept:

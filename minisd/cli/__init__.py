@@ -71,7 +71,7 @@ EXAMPLES = {
         "minisd train mini emoji --set unet.loop.steps=1000 unet.model.prediction=eps --out quick",
         "torchrun --nproc-per-node 2 -m minisd train mini emoji",
     ],
-    "eval subjects": ["minisd eval subjects", "minisd eval subjects --all", "minisd eval subjects duck violin"],
+    "eval subjects": ["minisd eval subjects duck violin", "minisd eval subjects --all", "minisd eval subjects"],
     "train lora": [
         "minisd train lora my-cat --token sks --class cat",
         "minisd train lora my-cat --class cat --set rank=16 loop.steps=400 --checkpoint sd-v1-5.safetensors",
@@ -98,6 +98,7 @@ EXAMPLES = {
         "minisd bench attention --device cuda --dtype float16 --training --json attention.json",
     ],
     "bench load": ["minisd bench load --dtype float16"],
+    "bench all": ["minisd bench all --dtype bfloat16 --peers diffusers --json all.json"],
     "plot attention": ['minisd plot attention "a red apple on a blue table"'],
 }
 
