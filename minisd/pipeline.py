@@ -121,14 +121,19 @@ class StableDiffusion:
         """The words of prompts that have no embedding of their own; only models of small vocabularies have such."""
         if (unknown_id := self.config.text.unknown_id) is None:
             return []
-        table = self.text_encoder.token_embedding.weight
         words = {
             word: ids
             for text in ([prompts] if isinstance(prompts, str) else prompts)
             for word, ids in self.tokenizer.words(text)
             if any(map(str.isalnum, word))
         }
-        return [word for word, ids in words.items() if (table[ids] == table[unknown_id]).all(1).any()]
+
+        def is_unknown(ids: list[int]) -> bool:
+            # asked for, not read: a training may have put another module in the table's place
+            row, *rows = self.text_encoder.token_embedding(torch.tensor([unknown_id, *ids], device=self.device))
+            return any(torch.equal(row, own) for own in rows)
+
+        return [word for word, ids in words.items() if is_unknown(ids)]
 
     def guided_model(self, cond: Conditioning, uncond: Conditioning | None, settings: Settings) -> Model:
         """The U-Net as a sampler's model (x_t, t): guided, and ε, v or x_0 told apart."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,6 +247,20 @@ def test_dreambooth_moves_the_unet_alone_and_its_file_is_a_whole_model(tmp_path)
     with_text = replace(CONFIGS["dreambooth"], text_encoder=True)
     learnt = train("dreambooth", tmp_path / "text", sd, config=with_text)
     assert not torch.equal(learnt.text_encoder.final_norm.weight, sd.text_encoder.final_norm.weight)
+
+
+def test_a_model_of_a_small_vocabulary_learns_a_word_and_still_tells_unknown_ones(tmp_path):
+    sd = model()
+    sd.text_encoder.config = replace(sd.text_encoder.config, unknown_id=100)
+    sd.checkpoint.config = replace(sd.config, text=sd.text_encoder.config)
+    with torch.no_grad():
+        table = sd.text_encoder.token_embedding.weight
+        table[sd.tokenizer.encode("xylophone")] = table[100].clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vectors = train("textual inversion", tmp_path, sd)  # draws its sheets on the way
+    sd.add_embedding("<my-dog>", vectors)
+    assert sd.unknown_words("a <my-dog> with a xylophone") == ["xylophone"]
 
 
 def test_textual_inversion_moves_only_its_own_rows(tmp_path):

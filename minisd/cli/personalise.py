@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from minisd import __version__
-from minisd.cli.training import Carried, Settings
+from minisd.cli.training import Settings
 from minisd.training.options import Run, changed, read_changes
 
 if TYPE_CHECKING:
@@ -47,7 +47,19 @@ class Inputs:
 
 
 INPUTS = Inputs()
-SHORT = Run(save_every=200, log_every=10, sample_every=200)  # of a few hundred steps
+
+
+@dataclass(frozen=True)
+class ShortRun(Run):
+    __doc__ = Run.__doc__  # the help of its options; trainings of a few hundred steps are watched more closely
+
+    save_every: int = 200
+    log_every: int = 10
+    sample_every: int = 200
+
+
+SHORT = ShortRun()
+Carried = Annotated[ShortRun, Parameter(name="*", group=Group("Run", sort_key=2))]
 ClassWord = Annotated[str | None, Parameter(name="--class")]
 
 

@@ -44,7 +44,7 @@ class MiniConfig:
 
 
 def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
-    """The plan of the mini model: an afternoon of two CPU cores, or eight times as many examples on a large GPU.
+    """The plan of the mini model: some hours of two CPU cores, or eight times as many examples on a large GPU.
 
     On a CPU whose matrix unit (AMX) makes bfloat16 the quicker precision, that one is taken; on others float32.
     """
