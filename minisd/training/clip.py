@@ -87,7 +87,10 @@ class CLIPRecipe:
         tokenizer = Tokenizer(length=config.text.length, pad_id=config.text.pad_id, dialect=config.text.dialect)
         texts = [text for texts in pictures.captions for text in texts]
         self.rows = Rows.used_by(texts, tokenizer, config.text, config.keep)
-        self.ids = self.rows.row_of_id[tokenizer(texts)]  # of every caption, 'k l'
+        ids = tokenizer(texts)
+        # no further than the longest caption's end token: the tower is causal, and reads a caption there
+        longest = int((ids == config.text.eos_id).int().argmax(-1).max()) + 1
+        self.ids = self.rows.row_of_id[ids[:, :longest]]  # of every caption, 'k l'
         self.count = torch.tensor([len(texts) for texts in pictures.captions])  # captions of each picture
         self.first = self.count.cumsum(0) - self.count  # the first of them
         compact = self.rows.compact(config.text)

@@ -56,21 +56,22 @@ def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
         vae=VAERecipeConfig(
             vae=model.vae,
             loop=LoopConfig(steps=13_000, batch_size=4 * more, lr=1e-3, ema=0.999, **common),
-            decoder_loop=LoopConfig(steps=6_000, batch_size=4 * more, lr=5e-4, ema=0.999, **common),
+            decoder_loop=LoopConfig(steps=6_000, batch_size=32, lr=5e-4, ema=0.999, **common) if gpu else None,
             augmentation=varied,
             gan_weight=0.5 if gpu else 0.0,  # half as dear again, and worth it once the rest is learnt
-            gan_start=6500,
+            gan_start=5000,
         ),
         clip=CLIPRecipeConfig(
             text=model.text,
             vision=model.vision,
-            loop=LoopConfig(steps=700 * more, batch_size=256, lr=1e-3, weight_decay=0.1, ema=0.99, **common),
+            loop=LoopConfig(steps=1_100 * more, batch_size=256, lr=1e-3, weight_decay=0.1, ema=0.99, **common),
             augmentation=varied,
         ),
         unet=LatentDiffusionConfig(
             model=model,
-            loop=LoopConfig(steps=18_000, batch_size=32 * more, lr=1e-3, warmup=500, ema=0.9995, **common),
-            min_snr=5.0,
+            loop=LoopConfig(steps=20_000, batch_size=32 * more, lr=1e-3, warmup=500, ema=0.9995, **common),
+            # min-SNR would leave hardly any weight to the noisiest times, where what the picture shows is decided
+            min_snr=None,
         ),
     )
 
