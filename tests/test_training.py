@@ -301,6 +301,16 @@ def test_the_rate_rises_over_the_warm_up_and_falls_along_half_a_cosine():
     assert learning_rate(replace(config, decay="constant"), 109) == 2.0
 
 
+def test_every_cycle_has_the_rates_of_a_training_of_its_own():
+    once = LoopConfig(steps=110, warmup=10, decay="cosine", lr=2.0)
+    thrice = replace(once, steps=330, cycles=3)
+    assert [learning_rate(thrice, step) for step in range(330)] == [
+        learning_rate(once, step) for step in range(110)
+    ] * 3
+    with pytest.raises(ValueError, match="330 steps in 4 cycles"):
+        replace(thrice, cycles=4)
+
+
 def test_weight_decay_shrinks_matrices_only():
     networks = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Embedding(4, 2), "c": nn.GroupNorm(1, 2)})
     shrunk, others = build_optimizer(networks, LoopConfig(weight_decay=0.1)).param_groups

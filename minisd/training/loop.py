@@ -157,12 +157,17 @@ def build_optimizer(networks: nn.Module, config: LoopConfig) -> torch.optim.Adam
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
-    """The rate of a step, from 0: a linear warm-up, then constant or half a cosine down to 0."""
+    """The rate of a step, from 0: a linear warm-up, then constant or half a cosine down to 0; in each cycle anew.
+
+    Loshchilov & Hutter 2017 (SGDR), with a warm-up in place of their jump.
+    """
+    length = config.steps // config.cycles
+    step %= length
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.decay == "constant":
         return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(config.steps - config.warmup, 1)))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(length - config.warmup, 1)))
 
 
 def _divergence(recipe: Recipe, values: dict[str, Tensor], step: int, again: list[Callable[[], dict]], state: Path):

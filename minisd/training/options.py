@@ -22,6 +22,8 @@ class LoopConfig:
         lr: the learning rate of AdamW after the warm-up.
         warmup: steps in which the rate rises linearly.
         decay: what the rate does then: stays, or falls to 0 along half a cosine.
+        cycles: how often the rate goes through warm-up and decay, in equal parts of the steps (warm restarts). A model
+            is at its best at the end of each.
         betas: of AdamW.
         weight_decay: of matrices and kernels; norms, biases and embeddings have none.
         clip: the most that the gradient's norm may be, for each network.
@@ -36,6 +38,7 @@ class LoopConfig:
     lr: float = 1e-4
     warmup: int = 100
     decay: Literal["constant", "cosine"] = "constant"
+    cycles: int = 1
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -46,6 +49,8 @@ class LoopConfig:
     def __post_init__(self):
         if self.steps < 1 or not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"steps={self.steps}, lr={self.lr}, clip={self.clip}: all of them are above 0")
+        if self.cycles < 1 or self.steps % self.cycles:
+            raise ValueError(f"{self.steps} steps in {self.cycles} cycles: the steps must divide into equal ones")
 
 
 @dataclass(frozen=True)
