@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -446,6 +447,18 @@ def test_faults_of_the_program_are_not_hidden(minisd, monkeypatch):
     monkeypatch.setattr("minisd.tasks.txt2img", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
         minisd("txt2img", "x")
+
+
+def test_a_large_picture_says_what_it_takes_and_one_that_cannot_fit_is_refused_before_its_first_step(
+    minisd, monkeypatch
+):
+    monkeypatch.setattr("minisd.tasks.memory.is_large", lambda _: True)
+    _, _, said = minisd("txt2img", "a", "--steps", 1)
+    assert re.search(r"about \d\.\d GB of memory: weights \d\.\d, then a step \d\.\d, decoding \d\.\d", said)
+    monkeypatch.setattr("minisd.tasks.memory.available", lambda _: 1000)
+    monkeypatch.setattr("minisd.pipeline.StableDiffusion.run_unet", lambda *_: pytest.fail("a step was taken"))
+    sentence = refused(minisd("txt2img", "a", "--steps", 1))
+    assert "0.0 GB are free beside the weights: choose a smaller --batch-size" in sentence
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])

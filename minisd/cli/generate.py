@@ -97,6 +97,7 @@ def make(prompts: list[str], arguments: Arguments, common: Common, **inputs: Pat
         for sampling in samplings(sd, call, inputs):
             if not done:
                 announce(call, sampling)
+                check_memory(sampling)
             for number, step in enumerate(progress(sampling)):
                 preview.show(sampling, step)
                 if output.trajectory is not None and not done and not sampling.is_draft:
@@ -168,6 +169,21 @@ def announce(call: Call, sampling: Sampling) -> None:
     if len(sampling) != call.settings.steps:
         reason = f" (strength {s:g})" if (s := getattr(call.arguments, "strength", None)) else ""
         print(f"{len(sampling)} of {call.settings.steps} steps run{reason}", file=sys.stderr)
+
+
+def check_memory(sampling: Sampling) -> None:
+    """Say what a large sampling will take; ValueError, before its first step, where that much is not to be had."""
+    from minisd.tasks import memory
+
+    if not memory.is_large(sampling):
+        return
+    needs, free = memory.needs(sampling), memory.available(sampling.sd.device)
+    print(needs, file=sys.stderr)
+    if free is not None and needs.beside_weights > free:
+        raise ValueError(
+            f"{needs}; {free / 1e9:.1f} GB are free beside the weights: choose a smaller --batch-size, --height and "
+            "--width, --tile 64, or --dtype bfloat16"
+        )
 
 
 def read_prompts(file: Path | None) -> list[str]:

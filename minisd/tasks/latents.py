@@ -14,7 +14,7 @@ from minisd.models.vae import VAE, DiagonalGaussian
 from minisd.nn.blocks import channels_last
 from minisd.tasks.nonfinite import nonfinite_error
 
-TILE_ABOVE = 1024 * 1024  # pixels; the untiled decoder needs some 4 kB of memory for each in float32
+TILE_ABOVE = 768 * 768  # pixels; the untiled decoder needs 3 kB of memory for each in float32
 TILE_ROWS = 64
 WATCHED = 128  # latents per side that are run again to name a layer: a large picture would not fit untiled
 
@@ -39,15 +39,17 @@ def encode_picture(vae: VAE, picture: Tensor, tile: int | None = None) -> Diagon
 def decode_latents(vae: VAE, latents: Tensor, tile: int | None = None) -> Tensor:
     """Pictures 'b 3 H W' in about [-1, 1], in float32, of U-Net latents 'b c h w'. tile: see `Settings`."""
 
-    def run(vae: VAE) -> Tensor:
-        rows = _rows(latents.shape[-2] * latents.shape[-1] * vae.config.factor**2, tile)
-        z = latents.to(vae.quant_conv.weight)
-        return (tiled_decode(vae, z, rows=rows) if rows else vae.decode(z)).float()
-
     def again(vae: VAE) -> None:
         vae.decode(latents[..., :WATCHED, :WATCHED].to(vae.quant_conv.weight))
 
-    return _finite(vae, run, again, "VAE's decoder")
+    return _finite(vae, lambda vae: decoded(vae, latents, tile), again, "VAE's decoder")
+
+
+def decoded(vae: VAE, latents: Tensor, tile: int | None) -> Tensor:
+    """`decode_latents` as it stands, whatever comes out."""
+    rows = _rows(latents.shape[-2] * latents.shape[-1] * vae.config.factor**2, tile)
+    z = latents.to(vae.quant_conv.weight)
+    return (tiled_decode(vae, z, rows=rows) if rows else vae.decode(z)).float()
 
 
 @torch.no_grad()
