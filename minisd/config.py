@@ -327,6 +327,8 @@ def _decode(hint, value, where: str):
     if getattr(hint, "__origin__", None) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} must be a list, got {value!r}")
+        if options[-1] is not Ellipsis and len(value) != len(options):
+            raise ValueError(f"{where} must have {len(options)} values, got {value!r}")
         return tuple(_decode(options[0], v, where) for v in value)
     if getattr(hint, "__origin__", None) is Literal:
         if value not in options:

@@ -461,6 +461,14 @@ def test_a_large_picture_says_what_it_takes_and_one_that_cannot_fit_is_refused_b
     assert "0.0 GB are free beside the weights: choose a smaller --batch-size" in sentence
 
 
+def test_a_preview_replaces_neither_an_input_nor_a_result(minisd):
+    picture().save("photo.png")
+    before = Path("photo.png").read_bytes()
+    assert "give the preview a name" in refused(minisd("img2img", "a", "photo.png", "--preview", "photo.png"))
+    assert Path("photo.png").read_bytes() == before
+    assert "give the preview a name" in refused(minisd("txt2img", "a", "--out", "b.png", "--preview", "b.png"))
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
 def test_a_lack_of_memory_is_one_sentence(minisd, monkeypatch, error):
     def fail(*_, **__):

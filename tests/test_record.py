@@ -223,7 +223,7 @@ def test_a_png_carries_both_texts_and_its_pixels(tmp_path):
     image, path = picture(), tmp_path / "new" / "a.png"
     call = replace(TXT2IMG, prompts=["ein Äpfel", "林檎"])
     save_png(path, image, call, 2)
-    assert read_png(path) == (call, 2)
+    assert read_png(path) == call.batch(2)
     with Image.open(path) as read:
         assert read.info["parameters"].startswith("林檎\nSteps: 30, ")
         assert read.tobytes() == image.tobytes()

@@ -10,6 +10,7 @@ from minisd.bench.machine import machine
 from minisd.bench.options import Options
 from minisd.bench.pairs import FLOAT32_DISTANCE, Case, Program, measure
 from minisd.bench.peers import chosen, judge
+from minisd.bench.process import Failed
 from minisd.bench.report import Report
 from minisd.bench.weights import WHOLE, write_random_folder
 
@@ -35,6 +36,12 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:
         write_random_folder(Path(folder), cases[0].config, networks)
         for case in cases:
-            found = measure(case, programs, Path(folder), options, reference=judge(contenders), matmul_side=matmul_side)
-            report.cases.append(found)
+            try:
+                report.cases.append(
+                    measure(case, programs, Path(folder), options, reference=judge(contenders), matmul_side=matmul_side)
+                )
+            except Failed as error:
+                if not report.cases:
+                    raise
+                report.notes.append(f"{case.label}: minisd cannot: {error}")
     return report

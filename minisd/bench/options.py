@@ -33,7 +33,8 @@ class Options:
 
     Attributes:
         dtype: of the weights and of what runs through them.
-        peers: what to measure beside minisd, separated by commas; all that is installed when left out.
+        peers: what to measure beside minisd, separated by commas; when left out, all that is installed, but
+            for diffusers-compiled, which takes minutes.
         pairs: how often each is measured, in turn.
         device: cpu, cuda, cuda:1 …
         json: also write every figure to this .json file.

@@ -110,8 +110,11 @@ def measure(
     found = Measured(case.label, {name: Result() for name in programs}, case.flop())
     expected = None
     if reference is not None and not (case.dtype == "float32" and reference in programs.values()):
-        with Worker(partial(reference, folder, replace(case, dtype="float32")), options.device) as worker:
-            expected = worker.output()
+        try:
+            with Worker(partial(reference, folder, replace(case, dtype="float32")), options.device) as worker:
+                expected = worker.output()
+        except Failed as error:
+            say(found, f"no result in float32 to compare with: {error}")
     with ExitStack() as stack:
         workers, outputs = {}, {}
         for name, program in programs.items():
@@ -122,8 +125,7 @@ def measure(
             except Failed as error:
                 if name == "minisd":
                     raise
-                found.results[name].failed = str(error)
-                say(found, f"{name} cannot: {error}")
+                found.results[name] = failed(found, name, error)
             if program is reference and expected is None:
                 expected = outputs.get(name)
         if expected is not None:
@@ -142,13 +144,28 @@ def measure(
     return found
 
 
-def _turns(workers: Mapping[str, Worker], product: Worker, found: Measured, pairs: int) -> Iterator[float]:
-    """Time everything `pairs` times, every other time in the reverse order; yields seconds of the matrix product."""
+def failed(found: Measured, name: str, error: Failed) -> Result:
+    say(found, f"{name} cannot: {error}")
+    return Result(failed=str(error))
+
+
+def _turns(workers: dict[str, Worker], product: Worker, found: Measured, pairs: int) -> Iterator[float]:
+    """Time everything `pairs` times, every other time in the reverse order; yields seconds of the matrix product.
+
+    A peer that fails is taken out of the workers.
+    """
     names = list(workers)
     for i in range(pairs):
         yield product.seconds()
         for name in names if i % 2 == 0 else reversed(names):
-            found.results[name].seconds.append(workers[name].seconds())
+            try:
+                found.results[name].seconds.append(workers[name].seconds())
+            except Failed as error:
+                if name == "minisd":
+                    raise
+                found.results[name] = failed(found, name, error)
+                del workers[name]
+        names = list(workers)
         times = ", ".join(f"{name} {found.results[name].seconds[-1]:.3g} s" for name in names)
         say(found, f"pair {i + 1} of {pairs}: {times}")
 

@@ -20,7 +20,7 @@ Run = Callable[[], "Tensor"]
 TURN = 0.1  # seconds that a turn lasts at least: what is shorter is repeated, and the mean taken
 
 
-class Failed(RuntimeError):
+class Failed(ChildProcessError):
     """What was to be measured could not be run; the message says why."""
 
 

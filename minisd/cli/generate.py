@@ -140,6 +140,10 @@ def plan(prompts: list[str], arguments: Arguments, common: Common, inputs: dict[
     names = output.names(len(prompts) * arguments.num_images, arguments.seed)
     for path in inputs.values():
         load_image(path)
+    # a preview replaces the one before it, and must replace nothing else
+    others = [path for path in (*names, *inputs.values(), output.grid, output.trajectory) if path is not None]
+    if output.preview is not None and output.preview.absolute() in {path.absolute() for path in others}:
+        raise ValueError(f"{output.preview} is an input or a result of this call: give the preview a name of its own")
     common.model.check()
     folder = output.folder
     call = Call(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from minisd import __version__
+from minisd.cli.options import Model
 from minisd.cli.training import Settings
 from minisd.training.options import Run, changed, read_changes
 
@@ -164,6 +165,7 @@ def personalise(
             raise ValueError(f"{name} is missing: minisd train {method} PHOTOS --token TOKEN --class WORD")
     if not photos.is_dir():
         raise ValueError(f"{photos}: there is no such folder of photos")
+    Model(device=run.device).check()
     changes = {**changes, "subject": subject}
     import minisd
     from minisd.pipeline import mini_model
@@ -195,11 +197,25 @@ def personalise(
         }
         text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
         if group.is_first:
+            check_free(out / f"{method}.json", json.loads(text))
             write_whole(out / f"{method}.json", lambda file: file.write(text.encode()))
         train(sd, loaded, out, plan, run, group, **options)
     for path in sorted([*out.glob("*.safetensors"), *out.glob("*.pt")]):
         if path.name not in WORK:
             print(path)
+
+
+def check_free(path: Path, about: dict) -> None:
+    """ValueError where the file that says how a run was made is of another run, whose results lie beside it."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = before["config"] == about["config"] and before["inputs"]["hashes"] == about["inputs"]["hashes"]
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise ValueError(f"{path} is of another run (other photos, or another config): choose another --out")
 
 
 WORK = ("state.safetensors", "photos.safetensors", "class.safetensors", "best.safetensors")  # no results

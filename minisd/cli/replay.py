@@ -39,7 +39,9 @@ def replay(
     from minisd.record.png import read_png
 
     if out is not None:
-        check_target(out)
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"{out}: pictures are saved as .png, which holds how they were made: name it so")
+        check_target(out, overwrite=None)
     call, index = read_png(image)
     folder = image.parent
     inputs = {name: find_input(file, folder) for name, file in call.inputs.items()}

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from minisd.cli.options import Model
 from minisd.training.options import RUN, Run, changed, read_changes
 
 Carried = Annotated[Run, Parameter(name="*", group=Group("Run", sort_key=1))]
@@ -33,6 +34,7 @@ def train_mini(
     from minisd.training.mini import mini_config, train_mini
     from minisd.training.parallel import processes
 
+    Model(device=run.device).check()
     plan = changed(mini_config(gpu=run.device.startswith("cuda")), read_changes(config, settings))
     pictures = load_pictures(folder, size=plan.unet.model.image_size)
     with processes(run.device) as group:
@@ -61,6 +63,7 @@ def train_ddpm(
     from minisd.training.ddpm import DDPMConfig, train_ddpm
     from minisd.training.parallel import processes
 
+    Model(device=run.device).check()
     plan = changed(DDPMConfig(), read_changes(config, settings))
     with processes(run.device) as group:
         train_ddpm(load_pictures(folder, size=plan.size), out, plan, run, group)

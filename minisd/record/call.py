@@ -107,9 +107,10 @@ def from_json(text: str) -> tuple[Call, int]:
             str(values["version"]),
         )
         call.arguments.check()
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"its record of how it was made cannot be read: {reason}") from error
-    if not 0 <= index < len(call):
-        raise ValueError(f"its record speaks of picture {index} of a call that makes {len(call)}")
+    count = len(call.prompts) * call.arguments.num_images  # len(call) itself must fit a machine's word
+    if not 0 <= index < count:
+        raise ValueError(f"its record speaks of picture {index} of a call that makes {count}")
     return call, index

@@ -26,9 +26,10 @@ SAMPLER_NAMES = {  # ours → A1111's, which other programs look for
 
 
 def save_png(path: Path, image: Image.Image, call: Call, index: int) -> None:
-    """Write picture `index` of a call with its record, whole or not at all."""
+    """Write picture `index` of a call, whole or not at all, with the record of the batch that it was made in."""
     from PIL.PngImagePlugin import PngInfo
 
+    call, index = call.batch(index)  # a record of all prompts would grow with the square of their number
     info = PngInfo()
     info.add_text("parameters", parameters_text(call, index, image.size))
     info.add_text(CHUNK, to_json(call, index))

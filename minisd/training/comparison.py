@@ -26,6 +26,7 @@ from minisd.training.captions import with_article
 from minisd.training.dreambooth import DreamBoothConfig, train_dreambooth
 from minisd.training.lora import LoRAConfig, train_lora
 from minisd.training.options import LoopConfig, Run
+from minisd.training.parallel import Processes
 from minisd.training.photos import load_photos, photo_paths
 from minisd.training.prior import PriorConfig
 from minisd.training.subject import SubjectConfig, Validation, with_networks
@@ -70,6 +71,10 @@ class Comparison:
     precision: Literal["float32", "bfloat16"] = "float32"
     class_prior: int = 64
     train_steps: int | None = None
+
+    def __post_init__(self):
+        if self.train_steps is not None and self.train_steps < 1:
+            raise ValueError(f"train_steps is {self.train_steps}: give 1 or more")
 
     def methods(self) -> tuple[Method, ...]:
         """The rows, by plans for a model of a few million weights: some hundred steps at a high rate."""
@@ -147,17 +152,17 @@ def compare(
         def draw(work: Path) -> tuple[list, list, list]:
             photos = load_photos(folder / "train", size, config.subject.views).first(plan.views)
             if isinstance(config, TextualInversionConfig):
-                vectors = train_textual_inversion(sd, photos, work, config, run)
+                vectors = train_textual_inversion(sd, photos, work, config, run, group)
                 model = _copy(sd)
                 model.add_embedding(config.subject.token, vectors)
                 found = drawn(model, config.subject.token)
             elif isinstance(config, LoRAConfig):
-                train_lora(sd, photos, work, config, run, class_folder=out.parent / "class")
+                train_lora(sd, photos, work, config, run, group, class_folder=out.parent / "class")
                 model = _copy(sd)
                 model.load_lora(work / "lora.safetensors")
                 found = drawn(model, config.subject.phrase)
             else:
-                model = train_dreambooth(sd, photos, work, config, run, class_folder=out.parent / "class")
+                model = train_dreambooth(sd, photos, work, config, run, group, class_folder=out.parent / "class")
                 found = drawn(model, config.subject.phrase)
             for heavy in ("state.safetensors", "model.safetensors", "class.safetensors"):
                 (work / heavy).unlink(missing_ok=True)
@@ -165,7 +170,7 @@ def compare(
 
         return draw
 
-    real = views[: plan.views]
+    group, real = Processes(device=sd.device), views[: plan.views]
     rows = {
         FLOOR: row(FLOOR, None, lambda work: drawn(sd, class_word)),
         CEILING: row(CEILING, None, lambda work: (real, [class_word] * len(real), [])),
