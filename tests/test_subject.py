@@ -502,3 +502,10 @@ def test_what_a_training_cannot_do_is_told_in_a_sentence(folder, capsys, command
 def test_validation_prompts_have_a_place_for_the_subject():
     with pytest.raises(ValueError, match=r"needs one \{\}"):
         replace(SUBJECT, validation=replace(VALIDATION, prompts=("a dog",)))
+
+
+def test_a_caption_names_the_token_as_a_word_only():
+    assert prompts_of(["My SKS dog", "a cat asks for food"], ["a {}"], "sks dog", "sks") == [
+        "My SKS dog",
+        "a sks dog, a cat asks for food",
+    ]

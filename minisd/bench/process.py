@@ -88,6 +88,8 @@ def _begin(device: str) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_grad_enabled(False)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and events time it
     _device, _before = device, resident()
 
 

@@ -74,8 +74,9 @@ class MergedLoras:
     """LoRAs in the weights of the networks, by name, and the originals that undo them.
 
     A weight with LoRAs is original + Σ weight·delta, added up in float32 from the kept original and rounded once:
-    neither the order of merging nor how often it was done leaves a trace. Parameters stay the objects they are; their
-    tensors are replaced, never written into, so that mapped files and other holders of the originals see nothing.
+    how often it was done leaves no trace, and its order only in float32's last bit. Parameters stay the objects they
+    are; their tensors are replaced, never written into, so that mapped files and other holders of the originals see
+    nothing.
     """
 
     def __init__(self, networks: Networks):

@@ -94,9 +94,15 @@ def eval_mini(
 
 def _loaded(model: Model) -> dict[str, str]:
     """What was not left to the file itself."""
-    options = {"weights": model.weights, "vae": model.vae, "dtype": model.dtype, "device": model.device}
-    usual = asdict(Model())
-    return {name: str(value) for name, value in options.items() if value != usual[name]}
+    from minisd.record.files import sha256
+
+    names = ("weights", "prediction", "vae", "dtype", "device")
+    usual, given = asdict(Model()), {name: getattr(model, name) for name in names}
+    files = [(f"{path.name} ({weight:g})", path) for path, weight in model.loras()]
+    files += [(path.name, path) for path, _ in model.embeddings()]
+    return {name: str(value) for name, value in given.items() if value != usual[name]} | {
+        f"with {name}": sha256(path) for name, path in files
+    }
 
 
 def drawings(folder: Path, size: int, split: str) -> Drawings:

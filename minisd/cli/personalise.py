@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -30,7 +31,7 @@ class Inputs:
 
     Attributes:
         checkpoint: the model to start from; the mini model when left out.
-        masks: a folder of masks, white on the subject, named as the photos; or NAME.mask.png beside each.
+        masks: a folder of masks, white on the subject, cat.png for cat.jpg; or cat.mask.png beside it.
         class_photos: a folder of real pictures of the class for the prior; drawn by the model when left out.
         class_folder: where drawn pictures of the class are kept for other runs; OUT/class when left out.
         test_photos: other photos of the subject, by which the validation pictures are scored.
@@ -176,9 +177,10 @@ def personalise(
     train, made = _method(method, subject)
     plan = changed(changed(made, changes), read_changes(None, settings))
     hashes = _hashes(photos, read["checkpoint"] or mini_model())
-    for name, digest in hashes.items():
-        if (before := remembered.get("hashes", {}).get(name, digest)) != digest:
-            warnings.warn(f"{name} is not what it was in {file} ({before}): the result will differ", stacklevel=2)
+    before = remembered.get("hashes", hashes)
+    for name in sorted(hashes.keys() | before.keys()):
+        if (was := before.get(name, "absent")) != (now := hashes.get(name, "absent")):
+            warnings.warn(f"{name} is not what it was in {file} ({was}, now {now}): the result differs", stacklevel=2)
     with processes(run.device) as group:
         sd = minisd.load(read["checkpoint"], device=group.device)
         size, seed = sd.config.image_size, plan.loop.seed
@@ -211,11 +213,18 @@ def check_free(path: Path, about: dict) -> None:
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        same = before["config"] == about["config"] and before["inputs"]["hashes"] == about["inputs"]["hashes"]
+        same = _of_result(before) == _of_result(about)
     except (ValueError, KeyError, TypeError):
         same = False
     if not same:
         raise ValueError(f"{path} is of another run (other photos, or another config): choose another --out")
+
+
+def _of_result(about: dict) -> list:
+    """What the result depends on: neither how memory is saved, nor by what the way there is judged."""
+    config = about["config"] | {"subject": about["config"]["subject"] | {"recompute": None}}
+    inputs = [about["inputs"].get(name) for name in ("hashes", "masks", "class_photos")]
+    return [config, *inputs]
 
 
 WORK = ("state.safetensors", "photos.safetensors", "class.safetensors", "best.safetensors")  # no results
@@ -253,7 +262,10 @@ def _scores(sd: StableDiffusion, read: dict[str, Path | None], photos: Path) -> 
         print("no scores on the way: this model has no vision tower (--judge takes a CLIP)", file=sys.stderr)
         return None
     dino = read["dino"] and DINOFeatures.load(read["dino"], device=sd.device)
-    real = [load_image(path) for path in photo_paths(read["test_photos"] or photos)]
+    real = []
+    for path in photo_paths(read["test_photos"] or photos):
+        with contextlib.suppress(ValueError):  # load_photos names what cannot be read
+            real.append(load_image(path))
     judge = SubjectJudge(clip, real, dino)
     by = "other photos" if read["test_photos"] else "the photos it learns from (--test-photos takes others)"
     print(f"scored by {judge.spaces['CLIP-I']}, against {by}", file=sys.stderr)

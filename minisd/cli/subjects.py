@@ -35,7 +35,8 @@ def eval_subjects(
     if not file.is_file():
         raise ValueError(f"{data} holds no subjects.json, which names the subjects and their classes: give --data")
     known = json.loads(file.read_text(encoding="utf-8"))
-    chosen = list(known) if all else list(subject or FIRST)
+    first = [name for name in FIRST if name in known] or list(known)[: len(FIRST)]
+    chosen = list(known) if all else list(subject or first)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"{unknown[0]} is no subject of {data}; known: {', '.join(known)}")
     from minisd.eval.features import CLIPFeatures

@@ -34,7 +34,7 @@ def train_mini(
     from minisd.training.mini import mini_config, train_mini
     from minisd.training.parallel import processes
 
-    Model(device=run.device).check()
+    check(folder, out, run)
     plan = changed(mini_config(gpu=run.device.startswith("cuda")), read_changes(config, settings))
     pictures = load_pictures(folder, size=plan.unet.model.image_size)
     with processes(run.device) as group:
@@ -63,8 +63,17 @@ def train_ddpm(
     from minisd.training.ddpm import DDPMConfig, train_ddpm
     from minisd.training.parallel import processes
 
-    Model(device=run.device).check()
+    check(folder, out, run)
     plan = changed(DDPMConfig(), read_changes(config, settings))
     with processes(run.device) as group:
         train_ddpm(load_pictures(folder, size=plan.size), out, plan, run, group)
     print(out / "ddpm.safetensors")
+
+
+def check(folder: Path, out: Path, run: Run) -> None:
+    """ValueError for a device that is not there, and for sheets that would become pictures to learn from."""
+    Model(device=run.device).check()
+    if out.absolute().is_relative_to(folder.absolute()):
+        raise ValueError(
+            f"{out} lies in {folder}, where its own sheets would be pictures to learn from: choose another"
+        )

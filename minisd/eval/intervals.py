@@ -48,7 +48,7 @@ def bootstrap(
 
 
 def paired_bootstrap(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor, **options) -> Interval:
-    """The mean of a - b over subjects that both were measured on, in the same order; a interval above 0 says a > b.
+    """The mean of a - b over subjects that both were measured on, in the same order; an interval above 0 says a > b.
 
     What all subjects have in common, being easy or hard, cancels. options: as for `bootstrap`.
     """

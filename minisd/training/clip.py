@@ -66,14 +66,16 @@ class CLIP:
 
 
 class Temperature(nn.Module):
-    """The learnt scale of the logits, by its logarithm, from 1/0.07."""
+    """The learnt scale of the logits, by its logarithm, from 1/0.07; held at MAX_SCALE, as in the original."""
 
     def __init__(self):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self) -> Tensor:
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
+        with torch.no_grad():  # the weight itself: beyond a clamped value there would be no gradient to come back by
+            self.log_scale.clamp_(max=math.log(MAX_SCALE))
+        return self.log_scale.exp()
 
 
 class CLIPRecipe:

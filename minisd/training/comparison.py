@@ -53,7 +53,7 @@ class Comparison:
     """What is compared, and on what.
 
     Attributes:
-        prompts: {} is the subject, or the class with its article.
+        prompts: {} is the subject, or the class.
         seeds: pictures of each prompt.
         class_pictures: of the class alone, for PRES.
         views: training views of a subject, the first ones.

@@ -44,7 +44,7 @@ class LatentDiffusionConfig:
         caption_dropout: share of pictures shown with the empty caption, which guidance needs.
         min_snr: γ of min-SNR weighting (the paper's is 5); null weighs all times alike.
         recompute: gradient checkpointing: a third more work, much less memory.
-        prompts: of the sample sheets.
+        prompts: of the sample sheets; none are drawn when empty.
         guidance_scale: of the sample sheets.
     """
 
@@ -118,8 +118,10 @@ class LatentDiffusionRecipe:
         weights = min_snr_weights(schedule, t, self.config.min_snr, prediction).to(error.device)
         return {"loss": (weights * error).mean(), "mse": error.mean()}
 
-    def sheet(self, step: int) -> Image.Image:
+    def sheet(self, step: int) -> Image.Image | None:
         """The prompts of the config, drawn with the model as it is, by the code that draws every picture."""
+        if not self.config.prompts:
+            return None
         networks = {"unet": self.unet, "vae": self.vae, "text": self.text}
         sd = StableDiffusion(Checkpoint(self.config.model, networks, {}, []))
         settings = Settings(steps=20, guidance_scale=self.config.guidance_scale, batch_size=8)

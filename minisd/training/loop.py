@@ -128,9 +128,10 @@ def train(
             if due(done, run.sample_every):
                 with ema.applied():
                     progress.draw(done, recipe.sheet(done))
-            if due(done, run.save_every) or interrupted():
+            stop = interrupted()
+            if due(done, run.save_every) or stop:
                 save_state(state, done, networks, optimizer, ema, settings)
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt(
                     f": {state} holds {done} of {config.steps} steps; the same command goes on there"
                 )
@@ -219,7 +220,10 @@ def whole_steps(group: Processes) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Equal bits from equal runs on a GPU, too; on a CPU they are for a fixed number of threads."""
+    """Equal bits from equal runs: on a CPU for a fixed number of threads, on a GPU as far as PyTorch has such kernels.
+
+    Its attention has none for the backward pass of long sequences.
+    """
     if device.type != "cuda":
         yield
         return

@@ -39,7 +39,7 @@ class LoRAConfig:
         rank: of the additions; more hold more detail.
         alpha: they are scaled by alpha/rank; the rank itself when null.
         unet: patterns of the layers that get one: names of its linear layers and convolutions, * for any part. Others
-            of use: *.ff.* (feed-forward), *.proj_* (round the transformers), *.conv* (convolutions).
+            of use: *.ff.* (feed-forward), *.attn.proj_* (round the transformers), *.conv* (convolutions).
         text: likewise of the text encoder, such as *.attn.to_*; none when empty.
     """
 

@@ -18,7 +18,8 @@ class LoopConfig:
     Attributes:
         steps: updates of the weights.
         batch_size: examples per update, over all processes and micro-batches together.
-        accumulate: micro-batches per process and update; more need less memory, and change the result by rounding only.
+        accumulate: micro-batches per process and update; more need less memory, and change the result by rounding only
+            (beside a rival, whose weight is found for each, by more).
         lr: the learning rate of AdamW after the warm-up.
         warmup: steps in which the rate rises linearly.
         decay: what the rate does then: stays, or falls to 0 along half a cosine.
@@ -49,13 +50,15 @@ class LoopConfig:
     def __post_init__(self):
         if self.steps < 1 or not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"steps={self.steps}, lr={self.lr}, clip={self.clip}: all of them are above 0")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas}: AdamW takes two")
         if self.cycles < 1 or self.steps % self.cycles:
             raise ValueError(f"{self.steps} steps in {self.cycles} cycles: the steps must divide into equal ones")
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a training is carried out and watched. Nothing here changes a weight, but for rounding.
+    """How a training is carried out and watched. Nothing but the device, which draws its own noise, changes a weight.
 
     Attributes:
         device: cpu, cuda … Under torchrun each process takes its own GPU.

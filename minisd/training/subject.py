@@ -6,6 +6,7 @@ The three differ in what they let move: the whole U-Net, a row of the token embe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
@@ -60,6 +61,13 @@ class Validation:
     steps: int = 25
     guidance_scale: float = 7.5
     best: bool = True
+
+    def __post_init__(self):
+        if not self.prompts or self.seeds < 1 or self.steps < 1:
+            raise ValueError(
+                f"validation: {len(self.prompts)} prompts, {self.seeds} seeds, {self.steps} steps: 1 of each at least "
+                "(--sample-every 0 draws at the end alone)"
+            )
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,7 @@ class SubjectRecipe:
 
     def take_best(self) -> None:
         """Go back to the weights of the best scores, if there were any."""
-        if self.scores is not None and self.config.validation.best:
+        if self.config.validation.best and (self.folder / BEST).exists():
             file = open_tensors(self.folder / BEST)
             take_weights(self.networks, {name: file.read(name) for name in file}, self.folder / BEST)
 
@@ -344,11 +352,16 @@ def prompts_of(captions: Sequence[str], prompts: Sequence[str], phrase: str, tok
     if not captions:
         return [filled(prompt, phrase) for prompt in prompts]
     whole = [filled(caption, phrase) for caption in captions]
-    return [
-        said
-        for caption in whole
-        for said in ([caption] if token in caption else [f"{filled(prompt, phrase)}, {caption}" for prompt in prompts])
-    ]
+    found = []
+    for caption in whole:
+        named = names(caption, token)
+        found += [caption] if named else [f"{filled(prompt, phrase)}, {caption}" for prompt in prompts]
+    return found
+
+
+def names(caption: str, token: str) -> bool:
+    """Whether the token stands in a caption as a word of its own; "asks" does not name "sks"."""
+    return re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def load_latents(photos: Photos, vae: VAE, path: Path, *, batch_size: int = 8) -> tuple[Tensor, Tensor, Tensor]:

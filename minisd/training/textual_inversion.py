@@ -75,6 +75,9 @@ def train_textual_inversion(
 ) -> Tensor:
     """The vectors 'n d' of the new word; sd stays as it is. Saved in the layouts of diffusers, A1111 and kohya."""
     folder, token = Path(folder), config.subject.token
+    stem = folder / (re.sub(r"[^\w-]+", "", token) or "embedding")
+    if stem.name in ("state", "photos", "class", "best"):
+        raise ValueError(f"the token {token!r} would name the result like a file of the training: choose another")
     half = config.loop.precision == "bfloat16"
     text = copied(sd.text_encoder, learn=False, half=half)
     table = text.token_embedding
@@ -100,7 +103,6 @@ def train_textual_inversion(
     learn(recipe, config, sd, photos, run, group)
     vectors = text.token_embedding.added.weight.detach().cpu()
     if group.is_first:
-        stem = folder / (re.sub(r"[^\w-]+", "", token) or "embedding")
         save_embedding(stem.with_suffix(".safetensors"), token, vectors, layout="diffusers")
         save_embedding(stem.with_suffix(".pt"), token, vectors, layout="a1111", step=config.loop.steps)
         save_embedding(stem.with_name(f"{stem.name}-kohya.safetensors"), token, vectors, layout="kohya")

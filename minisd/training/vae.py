@@ -40,7 +40,7 @@ class VAERecipeConfig:
         gan_weight: of the rival's verdict, relative to the gradient of the reconstruction; 0 for no rival.
         gan_start: the step at which the rival begins.
         gan_channels: the rival's width.
-        gan_layers: how often it halves a picture: its patches have about 2^(layers + 2) pixels a side.
+        gan_layers: how often it halves a picture: its patches have about 2^(layers + 3) pixels a side.
         decoder_loop: afterwards the decoder alone learns on, by squared error and a tenth of the edges'; as the
             official "ft-MSE" decoder did (MSE + 0.1 LPIPS). Latents stay what they were. Null leaves it out.
         augmentation: how pictures are varied.
