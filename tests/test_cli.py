@@ -626,9 +626,12 @@ def test_a_console_without_greek_is_no_reason_to_stop():
 def test_train_makes_a_model_and_goes_on_where_it_stopped(minisd):
     unet = ["unet.channels=16", "unet.channel_mult=[1,2]", "unet.num_heads=2", "unet.norm_groups=8"]
     quick = ["--set", "size=16", "loop.steps=2", "loop.batch_size=1", "schedule.num_timesteps=10", *unet]
-    code, out, err = minisd("train", "ddpm", ".", "--quiet", *quick, model=None)
+    Path("photos").mkdir()
+    picture().save("photos/a.png")
+    code, out, err = minisd("train", "ddpm", "photos", "--quiet", *quick, model=None)
     assert (code, out) == (0, "ddpm/ddpm.safetensors\n"), err
     assert {path.name for path in Path("ddpm").iterdir()} >= {"config.json", "log.jsonl", "state.safetensors"}
-    code, _, err = minisd("train", "ddpm", ".", "--quiet", *quick, "loop.lr=0.5", model=None)
+    assert "choose another" in refused(minisd("train", "ddpm", ".", "--quiet", *quick, model=None))
+    code, _, err = minisd("train", "ddpm", "photos", "--quiet", *quick, "loop.lr=0.5", model=None)
     assert code == 1
     assert "recipe.loop.lr was 0.0002, is 0.5. Give the old values" in err
