@@ -69,7 +69,7 @@ def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
         ),
         unet=LatentDiffusionConfig(
             model=model,
-            loop=LoopConfig(steps=20_000, batch_size=32 * more, lr=1e-3, warmup=500, ema=0.9995, **common),
+            loop=LoopConfig(steps=40_000, cycles=2, batch_size=32 * more, lr=1e-3, warmup=500, ema=0.9995, **common),
             # min-SNR would leave hardly any weight to the noisiest times, where what the picture shows is decided
             min_snr=None,
         ),
