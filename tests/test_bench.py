@@ -334,3 +334,28 @@ def test_misuse_is_told_before_anything_is_made(line, sentence, capsys, tmp_path
     assert main(["bench", *line.split()]) in (1, 2)
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_peer_that_dies_on_the_way_is_taken_out_and_the_others_are_measured_on():
+    class Timed:
+        def __init__(self, turns: float):
+            self.turns = turns
+
+        def seconds(self) -> float:
+            self.turns -= 1
+            if self.turns < 0:
+                raise Failed("its process died")
+            return 1.0
+
+    def measured(minisd: float, peer: float) -> pairs.Measured:
+        workers = {"minisd": Timed(minisd), "peer": Timed(peer), "other": Timed(3)}
+        found = pairs.Measured({"size": 1}, {name: pairs.Result() for name in workers})
+        list(pairs._turns(workers, Timed(3), found, 3))
+        return found
+
+    found = measured(3, 1)
+    assert found.results["peer"].failed == "its process died"
+    assert {name: len(r.seconds) for name, r in found.results.items()} == {"minisd": 3, "peer": 0, "other": 3}
+    assert set(found.ratios()) == {"other"}
+    with pytest.raises(Failed):
+        measured(1, 3)

@@ -20,6 +20,7 @@ import minisd
 from minisd.checkpoints.lora import load_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.cli import main
+from minisd.cli.personalise import check_free
 from minisd.config import Settings
 from minisd.eval.features import CLIPFeatures
 from minisd.eval.subject import SubjectJudge
@@ -509,3 +510,15 @@ def test_a_caption_names_the_token_as_a_word_only():
         "My SKS dog",
         "a sks dog, a cat asks for food",
     ]
+
+
+def test_the_record_of_another_run_is_not_written_over(tmp_path):
+    record = {"config": {"rank": 4, "subject": {"recompute": False}}, "inputs": {"hashes": {"a.png": "1"}}}
+    path = tmp_path / "lora.json"
+    check_free(path, record)
+    path.write_text(json.dumps(record))
+    check_free(path, record | {"config": record["config"] | {"subject": {"recompute": True}}})  # saves memory only
+    others = [record | {"config": {**record["config"], "rank": 8}}, record | {"inputs": {"hashes": {"a.png": "2"}}}]
+    for other in others:
+        with pytest.raises(ValueError, match=r"of another run .* choose another --out"):
+            check_free(path, other)

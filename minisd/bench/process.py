@@ -21,7 +21,7 @@ TURN = 0.1  # seconds that a turn lasts at least: what is shorter is repeated, a
 
 
 class Failed(ChildProcessError):
-    """What was to be measured could not be run; the message says why."""
+    """What was to be measured could not be run; the message says why. An OSError: no fault of the program's."""
 
 
 class Worker:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minisd.checkpoints.building import on_meta
 from minisd.models.unet import Conditioning
 from minisd.tasks.latents import decoded
 
@@ -50,7 +51,7 @@ class Needs:
 
 
 def is_large(sampling: Sampling) -> bool:
-    """Whether a sampling may take more than a gigabyte: for less it is not worth the second that `needs` takes."""
+    """Whether a sampling may take more than a gigabyte: for less it is not worth the two seconds that `needs` takes."""
     b, _, h, w = sampling.latents.shape
     pixels = b * h * w * sampling.sd.config.vae.factor**2
     return weights_of(sampling.sd) + PER_PIXEL * pixels > 1e9
@@ -65,11 +66,12 @@ def weights_of(sd: StableDiffusion) -> int:
 def needs(sampling: Sampling) -> Needs:
     """What the steps and the decoding of a sampling will take, for its size, batch, guidance, tiles and dtype.
 
-    Nothing is computed: a second for Stable Diffusion's networks.
+    Nothing is computed: two seconds for Stable Diffusion's networks.
     """
     sd, batch, latents = sampling.sd, sampling.batch, sampling.latents
     context = torch.cat([cond.context for cond in (batch.cond, batch.uncond) if cond is not None]).to("meta")
-    unet, vae = without_data(sd.unet), without_data(sd.vae)
+    unet = on_meta("unet", sd.unet.config).to(sd.dtype)
+    vae = on_meta("vae", sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
     n, channels = context.shape[0], sd.config.unet.in_channels
     x = torch.empty(n, channels, *latents.shape[-2:], dtype=sd.dtype, device="meta")
     return Needs(
@@ -77,12 +79,6 @@ def needs(sampling: Sampling) -> Needs:
         step=live_bytes(lambda: unet(x, 0, Conditioning(context)), unet),
         decode=live_bytes(lambda: decoded(vae, latents.to("meta"), sampling.settings.tile), vae),
     )
-
-
-def without_data(network: nn.Module) -> nn.Module:
-    """A network of the same config and dtype on the meta device."""
-    with torch.device("meta"):
-        return type(network)(network.config).to(next(network.parameters()).dtype)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class LoopConfig:
     warmup: int = 100
     decay: Literal["constant", "cosine"] = "constant"
     cycles: int = 1
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float | None = 0.9999
@@ -50,8 +50,6 @@ class LoopConfig:
     def __post_init__(self):
         if self.steps < 1 or not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"steps={self.steps}, lr={self.lr}, clip={self.clip}: all of them are above 0")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas={self.betas}: AdamW takes two")
         if self.cycles < 1 or self.steps % self.cycles:
             raise ValueError(f"{self.steps} steps in {self.cycles} cycles: the steps must divide into equal ones")
 
