@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny import TINY
 
-from minisd.bench import attention, load, pairs, txt2img, unet, vae
+from minisd.bench import attention, load, pairs, train, txt2img, unet, vae
 from minisd.bench.compare import compare
 from minisd.bench.machine import machine
 from minisd.bench.options import Options, Pictures
@@ -28,6 +28,8 @@ from minisd.cli import main
 from minisd.config import SD1
 
 CONFIG = TINY["SD1"]
+WORDS = {"vocab_size": 49408, "bos_id": 49406, "eos_id": 49407, "pad_id": 49407}
+READING = replace(CONFIG, text=replace(CONFIG.text, **WORDS))  # with the real vocabulary
 ALONE = Pictures(peers=("none",), pairs=2, size=(32,))
 
 
@@ -64,17 +66,29 @@ def test_minisd_and_diffusers_are_measured_on_the_same_arithmetic(case, folder):
 def test_whole_pictures_are_those_of_the_peer(tmp_path):
     """From the same noise, to a level of 256; the real vocabulary, since diffusers' tokenizer knows no other."""
     pytest.importorskip("diffusers")
-    words = {"vocab_size": 49408, "bos_id": 49406, "eos_id": 49407, "pad_id": 49407}
-    config = replace(CONFIG, text=replace(CONFIG.text, **words))
-    write_random_folder(tmp_path, config)
-    case = txt2img.Picture(config, 32, 2, 3, "float32")
+    write_random_folder(tmp_path, READING)
+    case = txt2img.Picture(READING, 32, 2, 3, "float32")
     with torch.no_grad():
         ours, theirs = (txt2img.CONTENDERS[name](tmp_path, case)().numpy() for name in ("minisd", "diffusers"))
     assert ours.std() > 0.05
     assert np.abs(ours[0] - ours[1]).max() > 0.05
     assert distance(ours, theirs) < 1 / 255
-    step = unet.Step(config, 32, 2, "float32")
-    assert case.flop() == 3 * step.flop() + vae.Coding(config, "decode", 32, 2, "float32").flop()
+    step = unet.Step(READING, 32, 2, "float32")
+    assert case.flop() == 3 * step.flop() + vae.Coding(READING, "decode", 32, 2, "float32").flop()
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_training_steps_have_the_loss_of_diffusers_examples(method, tmp_path):
+    """At the first step, and after it; in bfloat16 as near as diffusers comes."""
+    pytest.importorskip("peft")
+    write_random_folder(tmp_path, READING)
+    case = train.Training(READING, method, 32, 2, "float32", recompute=True)
+    ours, theirs = (train.CONTENDERS[name](tmp_path, case) for name in ("minisd", "diffusers"))
+    first = [run().item() for run in (ours, theirs)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert ours().item() < first[0]  # it learns
+    half = [train.CONTENDERS[name](tmp_path, replace(case, dtype="bfloat16"))().item() for name in train.CONTENDERS]
+    assert half == pytest.approx([first[0]] * 2, rel=0.02)
 
 
 def test_a_start_is_taken_apart_by_the_commands_own_functions(tmp_path):
@@ -244,6 +258,19 @@ def test_half_precision_is_held_against_the_judge_in_float32(monkeypatch):
     assert (found["minisd"].distance, found["diffusers"].distance) == (0.5, 0.25)
     assert found["minisd"].allowed == pytest.approx(0.275)  # a tenth more than the judge's own in bfloat16
     assert found["minisd"].wrong
+
+
+def test_training_is_measured_in_fresh_processes():
+    options = Pictures(peers=("none",), pairs=2, size=(32,))
+    report = train.bench_train(options, READING, methods=("lora",))
+    (case,) = report.cases
+    assert len(case.results["minisd"].seconds) == 2
+    assert case.results["minisd"].peak > 0
+    assert case.flop == unet.Step(CONFIG, 32, 1, "float32").flop()  # half a guided step, forward and backward
+    with pytest.raises(ValueError, match="unknown method 'hypernetwork'; known: textual-inversion, lora, dreambooth"):
+        train.bench_train(options, CONFIG, methods=("hypernetwork",))
+    with pytest.raises(ValueError, match="float16 is no precision to train in"):
+        train.bench_train(replace(options, dtype="float16"), CONFIG)
 
 
 def test_loading_is_measured_in_fresh_processes():

@@ -1,8 +1,6 @@
 """DreamBooth, Textual Inversion and LoRA step by step beside diffusers' examples, on the same draws."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +15,7 @@ from minisd.training.state import learnt_weights
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import diffusers_training_step as theirs
+from minisd.bench import diffusers_training as theirs
 
 STEPS = 3
 UNCLIPPED = 1e9
@@ -58,9 +55,10 @@ def with_loop(method, **fields):
     return replace(config, loop=replace(LOOP, steps=STEPS, **fields))
 
 
-def saved(tmp_path, sd) -> Path:
+def saved(tmp_path, sd, dtype) -> theirs.Models:
+    """The same model as diffusers loads it."""
     save_checkpoint(sd.checkpoint, tmp_path / "theirs", layout="diffusers")
-    return tmp_path / "theirs"
+    return theirs.Models(tmp_path / "theirs", dtype)
 
 
 def assert_same_losses(folder, done, rel):
@@ -89,15 +87,14 @@ def test_dreambooth_with_prior_moves_every_weight_as_diffusers_does(seen, tmp_pa
     config = replace(with_loop("dreambooth", clip=clip), text_encoder=text_encoder)
     config = replace(config, prior=replace(config.prior, weight=0.7))
     train("dreambooth", tmp_path / "ours", sd, config=config)
-    done = theirs.dreambooth(
-        saved(tmp_path, sd),
-        seen["batches"],
+    example = theirs.dreambooth(
+        saved(tmp_path, sd, torch.float64),
         lr=LOOP.lr,
         prior_loss_weight=0.7,
         max_grad_norm=clip,
         train_text_encoder=text_encoder,
-        dtype=torch.float64,
     )
+    done = example.run(seen["batches"])
     assert_same_losses(tmp_path / "ours", done, 1e-6)
     ours, moved = {}, {name: seen["after"][name] - before for name, before in seen["before"].items()}
     for name, place, dialect in (("unet", "unet", "diffusers"), ("text", "text_encoder", "hf")):
@@ -112,7 +109,8 @@ def test_dreambooth_with_prior_moves_every_weight_as_diffusers_does(seen, tmp_pa
 def test_dreambooth_has_diffusers_loss_in_float32(seen, tmp_path):
     sd = model("eps")
     train("dreambooth", tmp_path / "ours", sd, config=with_loop("dreambooth"))
-    done = theirs.dreambooth(saved(tmp_path, sd), seen["batches"], lr=LOOP.lr, prior_loss_weight=1.0, max_grad_norm=1.0)
+    models = saved(tmp_path, sd, torch.float32)
+    done = theirs.dreambooth(models, lr=LOOP.lr, prior_loss_weight=1.0, max_grad_norm=1.0).run(seen["batches"])
     assert_same_losses(tmp_path / "ours", done, 1e-5)
 
 
@@ -121,7 +119,7 @@ def test_textual_inversion_moves_its_rows_as_diffusers_does(seen, tmp_path):
     train("textual inversion", tmp_path / "ours", sd, config=with_loop("textual inversion", clip=UNCLIPPED))
     (name,) = seen["before"]
     rows = seen["before"][name]
-    done = theirs.textual_inversion(saved(tmp_path, sd), seen["batches"], rows, lr=LOOP.lr, dtype=torch.float64)
+    done = theirs.textual_inversion(saved(tmp_path, sd, torch.float64), rows, lr=LOOP.lr).run(seen["batches"])
     assert_same_losses(tmp_path / "ours", done, 1e-6)
     assert_same_changes({"rows": seen["after"][name] - rows}, done)
 
@@ -136,9 +134,8 @@ def test_lora_moves_its_matrices_as_peft_does(seen, tmp_path):
         layer, _, leaf = ours.removesuffix(".weight").rpartition(".")
         return f"{names[layer][1]}.{ {'down': 'lora_A', 'up': 'lora_B'}[leaf] }.weight"
 
-    done = theirs.lora(
-        saved(tmp_path, sd),
-        seen["batches"],
+    example = theirs.lora(
+        saved(tmp_path, sd, torch.float64),
         {peft_name(name): tensor for name, tensor in seen["before"].items()},
         rank=config.rank,
         alpha=config.alpha,
@@ -146,7 +143,7 @@ def test_lora_moves_its_matrices_as_peft_does(seen, tmp_path):
         lr=LOOP.lr,
         prior_loss_weight=1.0,
         max_grad_norm=1.0,
-        dtype=torch.float64,
     )
+    done = example.run(seen["batches"])
     assert_same_losses(tmp_path / "ours", done, 1e-6)
     assert_same_changes({peft_name(name): seen["after"][name] - b for name, b in seen["before"].items()}, done)

@@ -44,6 +44,7 @@ BENCHES = {
     "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
     "bench:bench_txt2img": "Time and memory of whole pictures, and where a start goes.",
     "bench:bench_load": "Time and memory of loading a checkpoint.",
+    "bench:bench_train": "Time and memory of a training step of each way to learn a subject.",
     "bench:bench_attention": "Time and error of every form of attention.",
     "bench:bench_all": "All of them.",
 }
@@ -93,6 +94,10 @@ EXAMPLES = {
     ],
     "bench vae": ["minisd bench vae --dtype bfloat16 --pairs 7"],
     "bench txt2img": ["minisd bench txt2img --dtype bfloat16 --steps 10 --pairs 3 --json txt2img.json"],
+    "bench train": [
+        "minisd bench train --dtype bfloat16 --peers diffusers",
+        "minisd bench train --method lora dreambooth --recompute --json train.json",
+    ],
     "bench attention": [
         "minisd bench attention --dtype bfloat16 --peers sdpa",
         "minisd bench attention --device cuda --dtype float16 --training --json attention.json",

@@ -57,6 +57,25 @@ def bench_load(*, options: Annotated[Options, Flat] = Options()) -> int:
     return publish([measure(options)], options)
 
 
+def bench_train(
+    *,
+    options: Annotated[Pictures, Flat] = Pictures(),
+    method: Annotated[list[str], Parameter(negative=(), consume_multiple=True)] = (),
+    recompute: bool = False,
+) -> int:
+    """Time and memory of a training step of each way to learn a subject, random weights of the official size.
+
+    Args:
+        method: textual-inversion, lora or dreambooth; several may follow; all of them when left out.
+        recompute: with gradient checkpointing.
+    """
+    check(options)
+    from minisd.bench.train import METHODS
+    from minisd.bench.train import bench_train as measure
+
+    return publish([measure(options, methods=method or METHODS, recompute=recompute)], options)
+
+
 def bench_attention(*, options: Annotated[Options, Flat] = Options(), training: bool = False) -> int:
     """Time and error of every form of attention in the shapes of Stable Diffusion: minisd's, PyTorch's, flash-attn's.
 
@@ -76,7 +95,7 @@ def bench_all(*, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 2
         steps: of each picture of txt2img.
     """
     check(options)
-    from minisd.bench import attention, load, txt2img, unet, vae
+    from minisd.bench import attention, load, train, txt2img, unet, vae
     from minisd.bench.peers import shared_with
     from minisd.bench.process import Failed
 
@@ -85,6 +104,7 @@ def bench_all(*, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 2
         (vae.bench_vae, vae.CONTENDERS),
         (partial(txt2img.bench_txt2img, steps=steps), txt2img.CONTENDERS),
         (load.bench_load, load.CONTENDERS),
+        (train.bench_train, train.CONTENDERS),
         (attention.bench_attention, attention.forms()),
     ]
     known = {name for _, contenders in subjects for name in contenders}

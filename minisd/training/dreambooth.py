@@ -69,13 +69,32 @@ def train_dreambooth(
     if class_photos is None:
         place = Path(class_folder or folder / "class")
         class_photos = drawn_class(sd, place, config.subject.class_word, config.prior, group, quiet=run.quiet)
+    recipe = dreambooth_recipe(sd, photos, folder, config, class_photos=class_photos, scores=scores)
+    learn(recipe, config, sd, photos, run, group)
+    learner = recipe.sd if config.text_encoder else with_networks(recipe.sd, text=sd.text_encoder)
+    if group.is_first:
+        dtype = getattr(torch, config.dtype)
+        kept = {name: copied(network, learn=False).to(dtype) for name, network in learner.checkpoint.networks.items()}
+        save_checkpoint(replace(learner.checkpoint, networks=kept), folder / "model.safetensors")
+    return learner
+
+
+def dreambooth_recipe(
+    sd: StableDiffusion,
+    photos: Photos,
+    folder: Path,
+    config: DreamBoothConfig,
+    *,
+    class_photos: Photos | None = None,
+    scores: Scores | None = None,
+) -> SubjectRecipe:
+    """The U-Net as a copy that learns, with the text encoder or beside it."""
     half = config.loop.precision == "bfloat16"
     unet = copied(sd.unet, learn=True)
     text = copied(sd.text_encoder, learn=config.text_encoder, half=half)
-    learner = with_networks(sd, unet=unet, text=text)
-    recipe = SubjectRecipe(
+    return SubjectRecipe(
         "dreambooth",
-        learner,
+        with_networks(sd, unet=unet, text=text),
         config.subject,
         photos,
         folder,
@@ -85,11 +104,3 @@ def train_dreambooth(
         prior_weight=config.prior.weight,
         scores=scores,
     )
-    learn(recipe, config, sd, photos, run, group)
-    if not config.text_encoder:
-        learner = with_networks(learner, text=sd.text_encoder)
-    if group.is_first:
-        dtype = getattr(torch, config.dtype)
-        kept = {name: copied(network, learn=False).to(dtype) for name, network in learner.checkpoint.networks.items()}
-        save_checkpoint(replace(learner.checkpoint, networks=kept), folder / "model.safetensors")
-    return learner

@@ -113,6 +113,26 @@ def train_lora(
     if class_photos is None:
         place = Path(class_folder or folder / "class")
         class_photos = drawn_class(sd, place, config.subject.class_word, config.prior, group, quiet=run.quiet)
+    recipe, layers = lora_recipe(sd, photos, folder, config, class_photos=class_photos, scores=scores)
+    learn(recipe, config, sd, photos, run, group)
+    lora = {path: layer.low_rank() for path, layer in layers.items()}
+    if group.is_first:
+        own = {"unet": sd.unet, "text": sd.text_encoder}
+        save_lora(folder / "lora.safetensors", lora, own, layout="kohya")
+        save_lora(folder / "lora-peft.safetensors", lora, own, layout="peft")
+    return lora
+
+
+def lora_recipe(
+    sd: StableDiffusion,
+    photos: Photos,
+    folder: Path,
+    config: LoRAConfig,
+    *,
+    class_photos: Photos | None = None,
+    scores: Scores | None = None,
+) -> tuple[SubjectRecipe, dict[str, LoRALayer]]:
+    """Frozen networks, and the layers in them that learn, by "unet" or "text" and their names."""
     half = config.loop.precision == "bfloat16"
     networks = {
         "unet": copied(sd.unet, learn=False, half=half),
@@ -137,13 +157,7 @@ def train_lora(
         prior_weight=config.prior.weight,
         scores=scores,
     )
-    learn(recipe, config, sd, photos, run, group)
-    lora = {path: layer.low_rank() for path, layer in layers.items()}
-    if group.is_first:
-        own = {"unet": sd.unet, "text": sd.text_encoder}
-        save_lora(folder / "lora.safetensors", lora, own, layout="kohya")
-        save_lora(folder / "lora-peft.safetensors", lora, own, layout="peft")
-    return lora
+    return recipe, layers
 
 
 def add_layers(network: nn.Module, patterns: Sequence[str], rank: int, alpha: float) -> dict[str, LoRALayer]:

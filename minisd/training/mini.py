@@ -60,6 +60,7 @@ def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
             augmentation=varied,
             gan_weight=0.5 if gpu else 0.0,  # half as dear again, and worth it once the rest is learnt
             gan_start=5000,
+            equivariance=0.5,
         ),
         clip=CLIPRecipeConfig(
             text=model.text,

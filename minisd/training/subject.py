@@ -223,7 +223,10 @@ class SubjectRecipe:
         return Batch.cat(parts)
 
     def loss(self, examples: Tensor, draws: Draws) -> dict[str, Tensor]:
-        errors = self.errors(self.batch(examples, draws))
+        return self.losses(self.batch(examples, draws))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        errors = self.errors(batch)
         if self.prior is None:
             return {"loss": errors.mean()}
         subject, prior = (part.mean() for part in errors.chunk(2))

@@ -78,6 +78,26 @@ def train_textual_inversion(
     stem = folder / (re.sub(r"[^\w-]+", "", token) or "embedding")
     if stem.name in ("state", "photos", "class", "best"):
         raise ValueError(f"the token {token!r} would name the result like a file of the training: choose another")
+    recipe = textual_inversion_recipe(sd, photos, folder, config, scores=scores)
+    learn(recipe, config, sd, photos, run, group)
+    vectors = recipe.sd.text_encoder.token_embedding.added.weight.detach().cpu()
+    if group.is_first:
+        save_embedding(stem.with_suffix(".safetensors"), token, vectors, layout="diffusers")
+        save_embedding(stem.with_suffix(".pt"), token, vectors, layout="a1111", step=config.loop.steps)
+        save_embedding(stem.with_name(f"{stem.name}-kohya.safetensors"), token, vectors, layout="kohya")
+    return vectors
+
+
+def textual_inversion_recipe(
+    sd: StableDiffusion,
+    photos: Photos,
+    folder: Path,
+    config: TextualInversionConfig,
+    *,
+    scores: Scores | None = None,
+) -> SubjectRecipe:
+    """Frozen networks, and a token embedding with rows after its own."""
+    token = config.subject.token
     half = config.loop.precision == "bfloat16"
     text = copied(sd.text_encoder, learn=False, half=half)
     table = text.token_embedding
@@ -90,7 +110,7 @@ def train_textual_inversion(
             "not follow the old ones"
         )
     text.token_embedding = AddedRows(table, rows)
-    recipe = SubjectRecipe(
+    return SubjectRecipe(
         "textual inversion",
         learner,
         config.subject,
@@ -100,13 +120,6 @@ def train_textual_inversion(
         precision=config.loop.precision,
         scores=scores,
     )
-    learn(recipe, config, sd, photos, run, group)
-    vectors = text.token_embedding.added.weight.detach().cpu()
-    if group.is_first:
-        save_embedding(stem.with_suffix(".safetensors"), token, vectors, layout="diffusers")
-        save_embedding(stem.with_suffix(".pt"), token, vectors, layout="a1111", step=config.loop.steps)
-        save_embedding(stem.with_name(f"{stem.name}-kohya.safetensors"), token, vectors, layout="kohya")
-    return vectors
 
 
 def initial_rows(tokenizer: Tokenizer, table: Tensor, words: str, vectors: int) -> Tensor:

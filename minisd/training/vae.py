@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -43,6 +44,9 @@ class VAERecipeConfig:
         gan_layers: how often it halves a picture: its patches have about 2^(layers + 3) pixels a side.
         decoder_loop: afterwards the decoder alone learns on, by squared error and a tenth of the edges'; as the
             official "ft-MSE" decoder did (MSE + 0.1 LPIPS). Latents stay what they were. Null leaves it out.
+        equivariance: share of steps in which latents and pictures are shrunk and turned alike before the one is
+            decoded to the other (EQ-VAE, Kouzelis et al. 2025, eq. 5): what a picture shows then stays where it is in
+            its latent, and the U-Net finds it more quickly.
         augmentation: how pictures are varied.
     """
 
@@ -56,6 +60,7 @@ class VAERecipeConfig:
     gan_channels: int = 32
     gan_layers: int = 3
     decoder_loop: LoopConfig | None = None
+    equivariance: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -93,6 +98,7 @@ class VAERecipe:
         image = augmented(self.pictures, examples, draws, config.augmentation)
         posterior = self.vae.encode(image)
         z = posterior.mean + posterior.std * draws.normal(*posterior.mean.shape[1:])
+        image, z = self._moved(image, z, draws.step)
         output = self.vae.decode(z).float()
 
         error = output - image
@@ -110,6 +116,21 @@ class VAERecipe:
             losses |= {"adversary": adversary, "rival": rival}
             total = total + config.gan_weight * weight * adversary + rival
         return {"loss": total, **losses}
+
+    def _moved(self, image: Tensor, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Both as they are or, for the share of steps, shrunk to a quarter at the least and turned by right angles."""
+        chance = generator("equivariance", self.config.loop.seed, step)
+        if torch.rand((), generator=chance) >= self.config.equivariance:
+            return image, z
+        whole = z.shape[-1]
+        side = int(torch.randint(max(whole // 4, 1), whole + 1, (), generator=chance))
+        turns = int(torch.randint(4, (), generator=chance))
+
+        def moved(x: Tensor) -> Tensor:
+            small = F.interpolate(x, scale_factor=side / whole, mode="bilinear", antialias=True)
+            return small.rot90(turns, (2, 3))
+
+        return moved(image), moved(z)
 
     def _rivals(self, image: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """What each player wants small: the autoencoder's -D(x̂) with D held, D's hinge loss with x̂ held."""

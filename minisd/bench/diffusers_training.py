@@ -1,9 +1,9 @@
 """The training steps of diffusers' examples, written out on diffusers' own modules: what minisd's recipes are held to.
 
-Each function loads a diffusers folder, takes one optimiser step per batch, and returns the losses and the weights that
-learnt, before and after. The steps are those of the examples (train_dreambooth.py, textual_inversion.py,
-train_dreambooth_lora.py), without what does not touch a number: accelerate, logging, saving. The tests run them beside
-minisd (test_subject_diffusers.py) on the same weights, latents, noise and times.
+Each function loads a diffusers folder and gives an Example, which takes one optimiser step per batch. The steps are
+those of the examples (train_dreambooth.py, textual_inversion.py, train_dreambooth_lora.py), without what does not touch
+a number: accelerate, logging, saving. The tests hold minisd's weights against theirs (test_subject_diffusers.py), the
+benchmark its time (`minisd bench train`), on the same weights, latents, noise and times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 Weights = dict[str, Tensor]
@@ -44,27 +44,41 @@ class Done:
 
 
 class Models:
-    """What the examples load from a folder."""
+    """What the examples load from a folder.
 
-    def __init__(self, folder: Path, dtype: torch.dtype):
-        load = {"low_cpu_mem_usage": False}
-        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **load).to(dtype)
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(dtype)
+    mixed: under autocast to bfloat16, as accelerate's --mixed_precision bf16; `freeze` then also halves what is frozen.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, mixed: bool = False):
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
         self.noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        self.mixed = mixed
         if dtype == torch.float64:  # diffusers multiplies its betas up in float32, which alone would differ by 1e-6
             said = self.noise_scheduler.config
             ends = said.beta_start**0.5, said.beta_end**0.5
             betas = torch.linspace(*ends, said.num_train_timesteps, dtype=dtype) ** 2
             self.noise_scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        self.unet.requires_grad_(False)
-        self.text_encoder.requires_grad_(False)
+        self.unet.requires_grad_(False).train()
+        self.text_encoder.requires_grad_(False).train()
+
+    def freeze(self, *networks: nn.Module) -> None:
+        """Weights that do not learn are kept in the precision that they are used in."""
+        for network in networks if self.mixed else ():
+            network.to(torch.bfloat16)
+
+    def checkpoint_gradients(self) -> None:
+        """--gradient_checkpointing."""
+        self.unet.enable_gradient_checkpointing()
 
     def loss(self, batch: Batch, prior_loss_weight: float | None = None) -> Tensor:
         """The loss of a batch, as all three examples compute it."""
         scheduler = self.noise_scheduler
         noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        encoder_hidden_states = self.text_encoder(batch.input_ids)[0]
-        model_pred = self.unet(noisy_latents, batch.timesteps, encoder_hidden_states).sample
+        with torch.autocast(noisy_latents.device.type, torch.bfloat16, enabled=self.mixed):
+            encoder_hidden_states = self.text_encoder(batch.input_ids)[0]
+            model_pred = self.unet(noisy_latents, batch.timesteps, encoder_hidden_states).sample
+        model_pred = model_pred.to(batch.noise.dtype)
         if scheduler.config.prediction_type == "epsilon":
             target = batch.noise
         else:
@@ -78,44 +92,48 @@ class Models:
         return loss + prior_loss_weight * prior_loss
 
 
-def optimize(
-    batches: Iterable[Batch],
-    loss: Callable[[Batch], Tensor],
-    learnt: Callable[[], Weights],
-    optimizer: torch.optim.Optimizer,
-    max_grad_norm: float | None,
-    restore: Callable[[], None] = lambda: None,
-) -> Done:
-    """One step per batch: loss, backward, clip, step."""
-    losses = []
-    before = {name: tensor.detach().clone() for name, tensor in learnt().items()}
-    for batch in batches:
-        value = loss(batch)
+@dataclass(frozen=True)
+class Example:
+    """One of the examples, ready for its first step. learnt: the weights that learn, by diffusers' names."""
+
+    models: Models
+    optimizer: torch.optim.Optimizer
+    learnt: Callable[[], Weights]
+    prior_loss_weight: float | None = None
+    max_grad_norm: float | None = None
+    restore: Callable[[], None] = lambda: None
+
+    def step(self, batch: Batch) -> Tensor:
+        """Loss, backward, clip, step."""
+        value = self.models.loss(batch, self.prior_loss_weight)
         value.backward()
-        if max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(chain(*(group["params"] for group in optimizer.param_groups)), max_grad_norm)
-        optimizer.step()
-        restore()
-        optimizer.zero_grad()
-        losses.append(value.item())
-    return Done(losses, before, {name: tensor.detach().clone() for name, tensor in learnt().items()})
+        if self.max_grad_norm is not None:
+            parameters = chain(*(group["params"] for group in self.optimizer.param_groups))
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.restore()
+        self.optimizer.zero_grad()
+        return value.detach()
+
+    def run(self, batches: Iterable[Batch]) -> Done:
+        before = {name: tensor.detach().clone() for name, tensor in self.learnt().items()}
+        losses = [self.step(batch).item() for batch in batches]
+        return Done(losses, before, {name: tensor.detach().clone() for name, tensor in self.learnt().items()})
 
 
 def dreambooth(
-    folder: Path,
-    batches: Iterable[Batch],
+    models: Models,
     *,
     lr: float,
     prior_loss_weight: float | None,
     max_grad_norm: float,
     train_text_encoder: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Done:
+) -> Example:
     """train_dreambooth.py, without weight decay."""
-    models = Models(folder, dtype)
     networks = {"unet": models.unet} | ({"text_encoder": models.text_encoder} if train_text_encoder else {})
     for network in networks.values():
         network.requires_grad_(True)
+    models.freeze(*(() if train_text_encoder else (models.text_encoder,)))
     optimizer = torch.optim.AdamW(chain(*(n.parameters() for n in networks.values())), lr=lr, weight_decay=0.0)
 
     def learnt() -> Weights:
@@ -123,15 +141,13 @@ def dreambooth(
         # transformers before 5 has one more module there
         return {name.replace("text_encoder.text_model.", "text_encoder."): p for name, p in named.items()}
 
-    return optimize(batches, lambda batch: models.loss(batch, prior_loss_weight), learnt, optimizer, max_grad_norm)
+    return Example(models, optimizer, learnt, prior_loss_weight, max_grad_norm)
 
 
-def textual_inversion(
-    folder: Path, batches: Iterable[Batch], rows: Tensor, *, lr: float, dtype: torch.dtype = torch.float32
-) -> Done:
+def textual_inversion(models: Models, rows: Tensor, *, lr: float) -> Example:
     """textual_inversion.py, without weight decay: the whole table is optimised, and all old rows put back each time."""
-    models = Models(folder, dtype)
     text_encoder = models.text_encoder
+    models.freeze(models.unet)
     old = text_encoder.get_input_embeddings().weight.shape[0]
     text_encoder.resize_token_embeddings(old + len(rows), mean_resizing=False)
     table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
@@ -144,13 +160,12 @@ def textual_inversion(
         with torch.no_grad():
             table[:old] = orig_embeds_params[:old]
 
-    return optimize(batches, models.loss, lambda: {"rows": table[old:]}, optimizer, None, restore)
+    return Example(models, optimizer, lambda: {"rows": table[old:]}, restore=restore)
 
 
 def lora(
-    folder: Path,
-    batches: Iterable[Batch],
-    initial: Mapping[str, Tensor],
+    models: Models,
+    initial: Mapping[str, Tensor] | None = None,
     *,
     rank: int,
     alpha: float,
@@ -158,15 +173,16 @@ def lora(
     lr: float,
     prior_loss_weight: float | None,
     max_grad_norm: float,
-    dtype: torch.dtype = torch.float32,
-) -> Done:
+) -> Example:
     """train_dreambooth_lora.py on the U-Net, by peft, without weight decay. initial: peft's names → first matrices."""
-    models = Models(folder, dtype)
+    dtype = models.unet.dtype
+    models.freeze(models.unet, models.text_encoder)
     models.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules))
     parameters = [p for p in models.unet.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
-    set_peft_model_state_dict(models.unet, dict(initial))
+    if initial is not None:
+        set_peft_model_state_dict(models.unet, dict(initial))
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     learnt = lambda: get_peft_model_state_dict(models.unet)  # noqa: E731
-    return optimize(batches, lambda batch: models.loss(batch, prior_loss_weight), learnt, optimizer, max_grad_norm)
+    return Example(models, optimizer, learnt, prior_loss_weight, max_grad_norm)
