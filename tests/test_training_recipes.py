@@ -421,6 +421,52 @@ def test_the_models_file_holds_each_row_of_the_token_embedding_once_and_conversi
     assert load_file(tmp_path / "ldm.safetensors")[name].shape == table.shape
 
 
+def test_a_training_starts_from_the_networks_of_files(tmp_path):
+    """VAE and CLIP as they are, from a file of each; the U-Net of a whole model learns on."""
+    train_mini(pictures(), tmp_path / "first", MINI, RUN)
+    first = load_checkpoint(tmp_path / "first" / "mini.safetensors", cast=lambda _: torch.float32).networks
+    parts = [tmp_path / "first" / part for part in ("vae/vae.safetensors", "clip/clip.safetensors")]
+    still = replace(MINI, unet=replace(MINI.unet, loop=replace(LOOP, lr=1e-12, weight_decay=0.0)))
+    apart = train_mini(pictures(), tmp_path / "apart", MINI, RUN, start=parts).networks
+    on = train_mini(pictures(), tmp_path / "on", still, RUN, start=[tmp_path / "first" / "mini.safetensors"]).networks
+    for name, network in first.items():
+        for made in (apart, on) if name != "unet" else (on,):
+            assert made[name].config == network.config
+            for ours, theirs in zip(made[name].parameters(), network.parameters(), strict=True):
+                assert torch.allclose(ours, theirs, rtol=0, atol=1e-8)
+    assert {p.name for p in (tmp_path / "on").iterdir()} == {"unet", "mini.safetensors", "mini.json"}
+
+    wider = replace(MODEL, unet=replace(MODEL.unet, channels=32))
+    start, other = [tmp_path / "first" / "mini.safetensors"], replace(MINI, unet=replace(MINI.unet, model=wider))
+    with pytest.raises(ValueError, match="the U-Net to start from is another"):
+        train_mini(pictures(), tmp_path / "wider", other, RUN, start=start)
+
+
+def test_the_vae_of_a_training_takes_the_place_of_another_models(tmp_path):
+    train_vae_file = tmp_path / "vae" / "vae.safetensors"
+    train_mini(pictures(), tmp_path, MINI, RUN)
+    sd = minisd.load(tmp_path / "mini.safetensors", vae=train_vae_file, dtype=torch.float32)
+    own = minisd.load(tmp_path / "mini.safetensors", dtype=torch.float32)
+    assert sd.config.vae == own.config.vae
+    assert all(torch.equal(a, b) for a, b in zip(sd.vae.parameters(), own.vae.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("turned", [0.0, 1.0])
+def test_equivariance_shows_the_decoder_shrunk_and_turned_latents(turned, monkeypatch):
+    """A decoder that only repeats its latents finds them beside pictures shrunk and turned the same way."""
+    recipe = VAERecipe(pictures(), replace(MINI.vae, equivariance=turned))
+    picture = pictures().images(torch.arange(2))
+    shapes = set()
+    for step in range(12):
+        small, latent = recipe._moved(picture, torch.nn.functional.avg_pool2d(picture, 2), step)
+        assert latent.shape[-1] * 2 == small.shape[-1]
+        shapes.add(latent.shape[-1])
+        assert (torch.nn.functional.avg_pool2d(small, 2) - latent).abs().mean() < 0.15
+        loss = recipe.loss(torch.arange(2), Draws(0, step, 2, slice(0, 2)))["loss"]
+        assert loss.isfinite()
+    assert (len(shapes) > 3) == bool(turned)
+
+
 def test_a_prompt_of_words_that_no_caption_had_is_drawn_with_a_warning_that_names_them(tmp_path):
     sd = StableDiffusion(train_mini(pictures(), tmp_path, MINI, RUN))
     with pytest.warns(UserWarning, match="never taught 'xylophone': nothing is drawn of it") as warned:

@@ -55,7 +55,7 @@ def _save_file(checkpoint: Checkpoint, path: Path, fold: bool) -> list[str]:
     tensors = dict(checkpoint.extras)
     for name, network in checkpoint.networks.items():
         tensors |= ldm_tensors(name, network)
-    if fold:
+    if fold and "text" in checkpoint.networks:
         (name,) = ldm_tensors("text", checkpoint.networks["text"], keep={"token_embedding.weight"})
         tensors |= folded(name, tensors[name])
     save_safetensors(path, tensors, metadata(checkpoint))

@@ -17,6 +17,7 @@ from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.checkpoints.load import Checkpoint
 from minisd.config import ModelConfig, Settings
 from minisd.diffusion.gaussian import per_image
+from minisd.eval.features import network_digest
 from minisd.images import grid
 from minisd.models.clip import CLIPText
 from minisd.models.tokenizer import Tokenizer
@@ -136,8 +137,13 @@ def train_latent_diffusion(
     config: LatentDiffusionConfig,
     run: Run = RUN,
     group: Processes = ALONE,
+    *,
+    start: UNet | None = None,
 ) -> UNet:
-    """The trained U-Net, averaged, on the run's device. vae and text are moved there, too."""
+    """The trained U-Net, averaged, on the run's device. vae and text are moved there, too.
+
+    start: whose weights it begins with, in place of random ones. ValueError where the config describes another.
+    """
     pictures.check_captions()
     if vae.config != config.model.vae or text.config != config.model.text:
         raise ValueError("the config describes another VAE or text encoder than these: replace(model, vae=vae.config)")
@@ -151,6 +157,11 @@ def train_latent_diffusion(
     recipe = LatentDiffusionRecipe(vae.to(group.device), text.to(group.device), cache.to(group.device), config)
     # where memory is saved is no part of the result
     settings = {"recipe": asdict(replace(config, recompute=False)), "data": digest}
+    if start is not None:
+        if start.config != config.model.unet:
+            raise ValueError(f"the U-Net to start from is another: {start.config}; the plan's: {config.model.unet}")
+        recipe.unet.load_state_dict(start.state_dict())
+        settings["start"] = network_digest(start)
     train(recipe, config.loop, folder, run, group, settings)
     return recipe.unet.requires_grad_(False)
 
@@ -193,8 +204,5 @@ def load_cache(path: Path, digest: str) -> Cache | None:
 
 def _digest(vae: VAE, text: CLIPText, pictures: Pictures) -> str:
     """Of everything that a cache is made from."""
-    digest = hashlib.sha256(json.dumps([asdict(vae.config), asdict(text.config), pictures.digest]).encode())
-    for network in (vae, text):
-        for tensor in network.state_dict().values():
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    made_from = [asdict(vae.config), asdict(text.config), network_digest(vae), network_digest(text), pictures.digest]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.load import Checkpoint, load_network
+from minisd.checkpoints.opening import WHOLE, open_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import MINI, ModelConfig
 from minisd.record.files import write_whole
@@ -88,30 +90,59 @@ def train_mini(
     config: MiniConfig,
     run: Run = RUN,
     group: Processes = ALONE,
+    *,
+    start: Sequence[str | os.PathLike] = (),
 ) -> Checkpoint:
     """All three recipes, in subfolders of `folder`; then folder/mini.safetensors, in the original's layout.
 
-    What is finished is only loaded, so the same call takes an interrupted training up again.
+    What is finished is only loaded, so the same call takes an interrupted training up again. It also is kept for other
+    trainings: vae/vae.safetensors, clip/clip.safetensors. start: such files, or whole models: a VAE and a CLIP in them
+    are taken as they are instead of trained, a U-Net learns on from there.
     """
     pictures.check_captions()
     folder, size = Path(folder), config.unet.model.image_size
     if pictures.size != size:
         raise ValueError(f"the pictures have {pictures.size} px, the model {size}: make them equal")
-    vae = train_vae(pictures, folder / "vae", config.vae, run, group)
-    clip = train_clip(pictures, folder / "clip", config.clip, run, group)
-    model = replace(config.unet.model, vae=vae.config, text=clip.text.config, vision=clip.vision.config)
-    unet_config = replace(config.unet, model=model)
-    unet = train_latent_diffusion(pictures, vae, clip.text, folder / "unet", unet_config, run, group)
+    given = networks_in(start)
+    model, step = config.unet.model, config.unet.loop.steps
 
-    networks = {"unet": unet, "vae": vae, "text": clip.text, "vision": clip.vision}
-    evidence = "minisd trained it so"
-    checkpoint = Checkpoint(model, networks, {}, [], evidence, global_step=config.unet.loop.steps)
+    def save(path: Path, networks: dict[str, nn.Module], **options) -> None:
+        if group.is_first:
+            networks = {name: in_half(network) for name, network in networks.items()} if config.half else networks
+            save_checkpoint(Checkpoint(model, networks, {}, [], "minisd trained it so", **options), path, fold=True)
+
+    if (vae := given.get("vae")) is None:
+        vae = train_vae(pictures, folder / "vae", config.vae, run, group)
+        model = replace(model, vae=vae.config)
+        save(folder / "vae" / "vae.safetensors", {"vae": vae})
+    if (clip := {name: given[name] for name in ("text", "vision") if name in given}).keys() != {"text", "vision"}:
+        trained = train_clip(pictures, folder / "clip", config.clip, run, group)
+        clip = {"text": trained.text, "vision": trained.vision}
+        model = replace(model, text=trained.text.config, vision=trained.vision.config)
+        save(folder / "clip" / "clip.safetensors", clip)
+    model = replace(model, vae=vae.config, text=clip["text"].config, vision=clip["vision"].config)
+    unet_config = replace(config.unet, model=model)
+    unet = train_latent_diffusion(
+        pictures, vae, clip["text"], folder / "unet", unet_config, run, group, start=given.get("unet")
+    )
+
+    networks = {"unet": unet, "vae": vae, **clip}
+    save(folder / "mini.safetensors", networks, global_step=step)
     if group.is_first:
-        saved = {name: in_half(network) for name, network in networks.items()} if config.half else networks
-        save_checkpoint(replace(checkpoint, networks=saved), folder / "mini.safetensors", fold=True)
         text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
         write_whole(folder / "mini.json", lambda file: file.write(text.encode()))
-    return checkpoint
+    return Checkpoint(model, networks, {}, [], "minisd trained it so", global_step=step)
+
+
+def networks_in(paths: Sequence[str | os.PathLike]) -> dict[str, nn.Module]:
+    """The networks of these files by name, in float32; where two files hold one, the later file's."""
+    found = {}
+    for path in paths:
+        held = [name for name in WHOLE if name in open_checkpoint(path).contents.parts]
+        if not held:
+            raise ValueError(f"{path} holds no VAE, CLIP or U-Net to start from")
+        found |= {name: load_network(path, name, cast=lambda _: torch.float32) for name in held}
+    return found
 
 
 def in_half(network: nn.Module) -> nn.Module:
