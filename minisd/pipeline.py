@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisd import tasks
 from minisd.checkpoints.embeddings import add_embedding, load_embeddings
@@ -32,6 +32,7 @@ from minisd.nn.blocks import channels_last
 from minisd.prompts import encode_prompts
 from minisd.tasks.cuda_graph import Graphed
 from minisd.tasks.nonfinite import nonfinite_error
+from minisd.tasks.offload import Offload
 from minisd.tasks.options import task_options
 from minisd.tasks.sampling import Sampling
 
@@ -53,6 +54,7 @@ class StableDiffusion:
             length=text.length, pad_id=text.pad_id, dialect=text.dialect, added_tokens=checkpoint.added_tokens
         )
         self.schedule = build_schedule(self.config.schedule)
+        self.offload: Offload | None = None  # Offload(device): one network at a time is there (tasks/offload.py)
         self.cuda_graph = False  # True: record each sampling's step as a CUDA graph and replay it (tasks/cuda_graph.py)
         self.loras = MergedLoras({"unet": self.unet, "text": self.text_encoder})
 
@@ -67,7 +69,8 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        """Where the networks run."""
+        return self.offload.device if self.offload else self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,6 +102,7 @@ class StableDiffusion:
     def encode_prompt(self, prompts: str | Sequence[str], settings: Settings | None = None) -> Conditioning:
         """The context of prompts as the U-Net wants it, 'b l d'. Warns of words that the model was never taught."""
         settings = settings or Settings()
+        self.bring(self.text_encoder)
         if unknown := self.unknown_words(prompts):
             words = ", ".join(map(repr, unknown))
             warnings.warn(f"{self.config.name} was never taught {words}: nothing is drawn of it", stacklevel=2)
@@ -121,6 +125,7 @@ class StableDiffusion:
         """The words of prompts that have no embedding of their own; only models of small vocabularies have such."""
         if (unknown_id := self.config.text.unknown_id) is None:
             return []
+        self.bring(self.text_encoder)
         words = {
             word: ids
             for text in ([prompts] if isinstance(prompts, str) else prompts)
@@ -138,6 +143,8 @@ class StableDiffusion:
     def guided_model(self, cond: Conditioning, uncond: Conditioning | None, settings: Settings) -> Model:
         """The U-Net as a sampler's model (x_t, t): guided, and ε, v or x_0 told apart."""
         channels_last(self.unet)
+        if self.cuda_graph and self.offload:
+            raise ValueError("a CUDA graph holds the addresses of weights, which offload changes: choose one of them")
         network = guided(
             Graphed(self.run_unet, self.unet) if self.cuda_graph else self.run_unet,
             cond,
@@ -151,7 +158,18 @@ class StableDiffusion:
 
     def run_unet(self, x_t: Tensor, t: Tensor | float, cond: Conditioning) -> Tensor:
         """unet(x_t, t, cond) in the U-Net's dtype, between float32 latents."""
-        return self.unet(x_t.to(self.dtype), t, cond).to(x_t.dtype)
+        return self.bring(self.unet)(x_t.to(self.dtype), t, cond).to(x_t.dtype)
+
+    def bring(self, network: nn.Module) -> nn.Module:
+        """The same network, now on the device that it runs on; with offload all others leave it."""
+        if self.offload:
+            self.offload.bring(network)
+        return network
+
+    def _rest(self) -> None:
+        """Before weights are changed or saved: with offload, none is on the device."""
+        if self.offload:
+            self.offload.rest()
 
     def timesteps(self, settings: Settings, T: int | None = None) -> list:
         """The falling times to visit of the schedule's first T, of all by default."""
@@ -226,6 +244,7 @@ class StableDiffusion:
 
     def add_embedding(self, token: str, vectors: Tensor) -> list[int]:
         """Make `token` a placeholder for vectors 'n d', rows of the token embedding from now on, and return its ids."""
+        self._rest()
         ids = add_embedding(self.tokenizer, self.text_encoder, token, vectors)
         self.checkpoint.config = replace(self.config, text=self.text_encoder.config)
         return ids
@@ -237,18 +256,21 @@ class StableDiffusion:
         `unmerge` restores the originals; until then `save` writes the weights as they are, LoRAs and all. Layouts,
         errors and the warning about unmatched tensors: see `checkpoints.lora.load_lora`.
         """
+        self._rest()
         lora = load_lora(path, self.loras.networks)
         self.loras.merge(os.path.abspath(path), lora, weight)
         return lora
 
     def unmerge(self) -> None:
         """Take all LoRAs out again: every weight is what it was before, bit for bit. Without any, nothing happens."""
+        self._rest()
         self.loras.unmerge()
 
     # ---------------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | os.PathLike, *, layout: Literal["ldm", "diffusers"] = "ldm") -> list[str]:
         """Write the model as one .safetensors file or a diffusers folder, all or nothing; says what was written."""
+        self._rest()
         self.checkpoint.added_tokens = self.tokenizer.added_tokens
         return save_checkpoint(self.checkpoint, path, layout=layout)
 
@@ -267,13 +289,15 @@ def load(
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    offload: bool = False,
 ) -> StableDiffusion:
     """Load a model from a single file (.safetensors, .ckpt) or a diffusers folder; detected by content.
 
     path: None is the mini model. weights: "ema" takes the separate EMA copy of a full training file. prediction: what
     the U-Net's output means, where the file does not tell. vae: a file or folder whose VAE is taken instead. config:
     what the model is, for shapes that no official model has. dtype: None keeps the file's, but float16 on a CPU becomes
-    float32, which is announced. Nothing is fetched, and no code in a file is run.
+    float32, which is announced. offload: the networks stay in CPU memory, and each is copied to the device while it
+    runs: slower, and only the largest must fit there. Nothing is fetched, and no code in a file is run.
     """
     promoted: set[torch.dtype] = set()
     checkpoint = load_checkpoint(
@@ -283,11 +307,13 @@ def load(
         vae=vae,
         config=config,
         cast=_cast(dtype, device, promoted),
-        device=device,
+        device="cpu" if offload else device,
     )
     if path is not None:
         _announce(promoted, path)
-    return StableDiffusion(checkpoint)
+    sd = StableDiffusion(checkpoint)
+    sd.offload = Offload(device) if offload else None
+    return sd
 
 
 def load_controlnet(

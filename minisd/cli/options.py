@@ -31,6 +31,8 @@ class Model:
         vae: a file or folder whose VAE is taken instead.
         dtype: of the weights; the file's own when left out (float16 becomes float32 on a CPU).
         device: cpu, cuda, cuda:1, mps …
+        offload: keep the networks in CPU memory and copy each to the device while it runs: slower, for a GPU on which
+            they do not fit together. It has not run on a GPU yet.
         cuda_graph: record the step as a CUDA graph and replay it: the same pictures, sooner where launching is what
             takes the time. It has not run on a GPU yet.
         embedding: a textual-inversion file whose word prompts may then hold; TOKEN=FILE names the word. Any number.
@@ -43,6 +45,7 @@ class Model:
     vae: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "cpu"
+    offload: bool = False
     cuda_graph: bool = False
     embedding: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
@@ -61,6 +64,7 @@ class Model:
             vae=self.vae,
             dtype=self.dtype and getattr(torch, self.dtype),
             device=self.device,
+            offload=self.offload,
         )
         sd.cuda_graph = self.cuda_graph
         print("\n".join(sd.report[:3]), file=sys.stderr)
@@ -103,6 +107,11 @@ class Model:
             raise ValueError(f"the device {self.device} cannot be used ({reason}): try --device cpu") from error
         if self.cuda_graph:
             check_device(device)
+        if self.offload and (device.type == "cpu" or self.cuda_graph):
+            reason = (
+                "needs a GPU: give --device cuda" if device.type == "cpu" else "and --cuda-graph exclude each other"
+            )
+            raise ValueError(f"--offload {reason}")
 
     def record(self, folder: Path) -> LoadedModel:
         """How a picture in this folder remembers the model."""

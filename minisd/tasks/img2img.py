@@ -43,7 +43,7 @@ def img2img(
     picture = to_tensor(image, _target(image, height, width))
     height, width = picture.shape[-2:]
     sampler, timesteps = sampler_of(settings), partial_timesteps(sd, settings, strength, exact_steps)
-    posterior = encode_picture(sd.vae, pad_to_multiple(picture, sd.config.vae.factor), settings.tile)
+    posterior = encode_picture(sd.bring(sd.vae), pad_to_multiple(picture, sd.config.vae.factor), settings.tile)
 
     def finish(pictures: Tensor) -> Tensor:
         return to_uint8(pictures[..., :height, :width])

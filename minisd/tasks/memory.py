@@ -58,9 +58,10 @@ def is_large(sampling: Sampling) -> bool:
 
 
 def weights_of(sd: StableDiffusion) -> int:
-    """Bytes of all networks."""
+    """Bytes of all networks; with offload of the largest, which alone is on the device."""
     networks = [sd.unet, sd.vae, sd.text_encoder, *filter(None, [sd.vision_encoder])]
-    return sum(weight.nbytes for network in networks for weight in network.parameters())
+    sizes = [sum(weight.nbytes for weight in network.parameters()) for network in networks]
+    return max(sizes) if sd.offload else sum(sizes)
 
 
 def needs(sampling: Sampling) -> Needs:

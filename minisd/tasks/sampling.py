@@ -86,7 +86,7 @@ class Sampling:
         return self._decode(step.x_0)
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
-        return to_pil(self.finish(decode_latents(self.sd.vae, latents, self.settings.tile)))
+        return to_pil(self.finish(decode_latents(self.sd.bring(self.sd.vae), latents, self.settings.tile)))
 
     @property
     def seeds(self) -> list[int]:
@@ -176,7 +176,7 @@ def _conditions(
     contexts = dict(zip(texts, same_length(*map(context_of, texts)), strict=True))
 
     def joined(some: list[str]) -> Conditioning:
-        return sd.unet.with_keys_values(Conditioning(torch.cat([contexts[text] for text in some])))
+        return sd.bring(sd.unet).with_keys_values(Conditioning(torch.cat([contexts[text] for text in some])))
 
     return joined(prompts), None if negatives is None else joined(negatives)
 

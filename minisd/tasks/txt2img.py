@@ -64,9 +64,9 @@ def txt2img(
             for _ in sampling:  # the steps that the caller left
                 pass
             # never rounded to 8 bits on the way, which would make much of the least difference between batches
-            draft = decode_latents(sd.vae, sampling.latents, settings.tile).clamp(-1, 1)
+            draft = decode_latents(sd.bring(sd.vae), sampling.latents, settings.tile).clamp(-1, 1)
             picture = F.interpolate(draft, (height, width), mode="bicubic")
-            x_0 = batch.noise.sample(encode_picture(sd.vae, picture, settings.tile))
+            x_0 = batch.noise.sample(encode_picture(sd.bring(sd.vae), picture, settings.tile))
             x_t = sd.schedule.q_sample(x_0, again[0], batch.noise(x_0))
             steps = sampler(model, x_t, sd.schedule, again, noise=batch.noise)
             yield Sampling(sd, settings, batch, x_t, again, steps)
