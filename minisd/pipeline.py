@@ -32,7 +32,7 @@ from minisd.nn.blocks import channels_last
 from minisd.prompts import encode_prompts
 from minisd.tasks.cuda_graph import Graphed
 from minisd.tasks.nonfinite import nonfinite_error
-from minisd.tasks.offload import Offload
+from minisd.tasks.offload import Offload, check_device
 from minisd.tasks.options import task_options
 from minisd.tasks.sampling import Sampling
 
@@ -166,8 +166,8 @@ class StableDiffusion:
             self.offload.bring(network)
         return network
 
-    def _rest(self) -> None:
-        """Before weights are changed or saved: with offload, none is on the device."""
+    def rest(self) -> None:
+        """With offload, let no network be on the device: before weights are changed, saved or counted."""
         if self.offload:
             self.offload.rest()
 
@@ -244,7 +244,7 @@ class StableDiffusion:
 
     def add_embedding(self, token: str, vectors: Tensor) -> list[int]:
         """Make `token` a placeholder for vectors 'n d', rows of the token embedding from now on, and return its ids."""
-        self._rest()
+        self.rest()
         ids = add_embedding(self.tokenizer, self.text_encoder, token, vectors)
         self.checkpoint.config = replace(self.config, text=self.text_encoder.config)
         return ids
@@ -256,21 +256,21 @@ class StableDiffusion:
         `unmerge` restores the originals; until then `save` writes the weights as they are, LoRAs and all. Layouts,
         errors and the warning about unmatched tensors: see `checkpoints.lora.load_lora`.
         """
-        self._rest()
+        self.rest()
         lora = load_lora(path, self.loras.networks)
         self.loras.merge(os.path.abspath(path), lora, weight)
         return lora
 
     def unmerge(self) -> None:
         """Take all LoRAs out again: every weight is what it was before, bit for bit. Without any, nothing happens."""
-        self._rest()
+        self.rest()
         self.loras.unmerge()
 
     # ---------------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | os.PathLike, *, layout: Literal["ldm", "diffusers"] = "ldm") -> list[str]:
         """Write the model as one .safetensors file or a diffusers folder, all or nothing; says what was written."""
-        self._rest()
+        self.rest()
         self.checkpoint.added_tokens = self.tokenizer.added_tokens
         return save_checkpoint(self.checkpoint, path, layout=layout)
 
@@ -297,8 +297,11 @@ def load(
     the U-Net's output means, where the file does not tell. vae: a file or folder whose VAE is taken instead. config:
     what the model is, for shapes that no official model has. dtype: None keeps the file's, but float16 on a CPU becomes
     float32, which is announced. offload: the networks stay in CPU memory, and each is copied to the device while it
-    runs: slower, and only the largest must fit there. Nothing is fetched, and no code in a file is run.
+    runs: slower, and only the largest must fit there; tasks see to it, loops of your own call `sd.bring(network)`.
+    Nothing is fetched, and no code in a file is run.
     """
+    if offload:
+        check_device(torch.device(device))
     promoted: set[torch.dtype] = set()
     checkpoint = load_checkpoint(
         mini_model() if path is None else path,

@@ -73,7 +73,8 @@ def test_guidance_batch_and_precision_count():
 
 def test_weights_are_those_of_all_networks():
     networks = (SD.unet, SD.vae, SD.text_encoder)
-    assert memory.weights_of(SD) == sum(4 * weight.numel() for n in networks for weight in n.parameters())
+    needs = memory.needs(only(txt2img(SD, "a", settings=Settings(steps=1))))
+    assert needs.weights == sum(4 * weight.numel() for n in networks for weight in n.parameters())
 
 
 def test_small_samplings_are_not_measured_and_large_ones_are():

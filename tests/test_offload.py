@@ -12,8 +12,10 @@ import minisd
 from minisd.checkpoints.lora import Lora, LowRank, save_lora
 from minisd.cli import main
 from minisd.config import Settings
+from minisd.nn.blocks import channels_last
 from minisd.tasks import memory, txt2img
 from minisd.tasks.offload import Offload
+from minisd.training.subject import with_networks
 
 PLAIN = lively("SD1")
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -23,6 +25,8 @@ TASKS = {
     "two passes": lambda sd: sd.txt2img("a red apple", steps=2, height=96, width=96, two_pass=0.5),
     "img2img": lambda sd: sd.img2img("a red apple", PICTURE, steps=2),
     "inpaint": lambda sd: sd.inpaint("a red apple", PICTURE, MASK, steps=2),
+    "outpaint": lambda sd: sd.outpaint("a red apple", PICTURE, right=16, steps=2),
+    "tiles": lambda sd: sd.txt2img("a red apple", steps=2, tile=64, height=96, width=96),
 }
 
 
@@ -37,26 +41,45 @@ def places(sd):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_draws_the_same_pictures(name):
-    for ours, plain in zip(TASKS[name](offloaded()), TASKS[name](PLAIN), strict=True):
-        assert np.array_equal(np.asarray(ours), np.asarray(plain))
-
-
-def test_one_network_at_a_time_is_on_the_device_and_the_weights_never_leave_the_cpu():
+def test_a_layer_runs_while_its_network_alone_is_on_the_device_and_pictures_are_the_same(name):
     sd = offloaded()
-    home = places(sd)
-    seen = []
+    channels_last(sd.unet)
+    home, ran = places(sd), set()
 
-    def away(*_):
-        seen.append(tuple(name for name, now in places(sd).items() if now != home[name]))
+    def watch(network):
+        def check(*_):
+            ran.add(network)
+            assert [other for other, now in places(sd).items() if not now & home[other]] == [network]
 
-    for name in ("unet", "vae", "text"):
-        leaf = {"unet": sd.unet.conv_in, "vae": sd.vae.decoder.conv_in, "text": sd.text_encoder.token_embedding}[name]
-        leaf.register_forward_pre_hook(away)
-    sd.txt2img("a red apple", steps=2)
-    assert dict.fromkeys(seen) == dict.fromkeys([("text",), ("unet",), ("vae",)])
-    sd.offload.rest()
+        return check
+
+    for network in home:
+        for layer in sd.checkpoint.networks[network].modules():
+            if [*layer.parameters(recurse=False)]:
+                layer.register_forward_pre_hook(watch(network))
+    for ours, plain in zip(TASKS[name](sd), TASKS[name](PLAIN), strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(plain))
+    assert ran == {"text", "unet", "vae"}
+    sd.rest()
     assert places(sd) == home
+
+
+def test_where_a_copy_fails_none_is_left_and_the_next_call_works(monkeypatch):
+    sd = offloaded()
+    home, copy_to, copies = places(sd), torch.Tensor.to, []
+
+    def full(tensor, *args, **kwargs):
+        copies.append(tensor)
+        if len(copies) == 5:
+            raise RuntimeError("out of memory")
+        return copy_to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sd.bring(sd.unet)
+    assert places(sd) == home
+    sd.bring(sd.unet)
+    assert not places(sd)["unet"] & home["unet"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -87,11 +110,13 @@ def test_what_changes_weights_is_not_lost_with_the_copies(tmp_path):
     assert torch.equal(sd.unet.conv_in.weight, PLAIN.unet.conv_in.weight)
 
 
-def test_only_the_largest_network_is_counted_among_what_has_to_fit():
-    sd = offloaded()
-    sizes = [sum(t.nbytes for t in network.parameters()) for network in sd.checkpoint.networks.values()]
-    assert memory.weights_of(sd) == max(sizes)
-    assert memory.weights_of(PLAIN) == sum(sizes)
+def test_each_networks_weights_are_counted_where_it_works():
+    settings = Settings(steps=1)
+    ours, plain = (memory.needs(next(txt2img(sd, "a", settings=settings))) for sd in (offloaded(), PLAIN))
+    weights = {name: memory.weights_of(network) for name, network in PLAIN.checkpoint.networks.items()}
+    assert (ours.weights, plain.weights) == (0, sum(weights.values()))
+    assert (ours.step, ours.decode) == (plain.step + weights["unet"], plain.decode + weights["vae"])
+    assert "about 0.0 GB of memory: with the weights of the network at work a step" in str(ours)
 
 
 def test_a_model_is_loaded_beside_the_device():
@@ -100,10 +125,25 @@ def test_a_model_is_loaded_beside_the_device():
     assert sd.device.type == "meta"
 
 
-def test_what_cannot_go_together_is_refused(capsys):
+def test_what_cannot_go_together_is_refused(capsys, tmp_path):
     sd = offloaded()
     sd.cuda_graph = True
     with pytest.raises(ValueError, match="a CUDA graph holds the addresses of weights"):
         next(txt2img(sd, "a", settings=Settings(steps=1)))
+    with pytest.raises(ValueError, match="until they run on another device: give it, such as cuda"):
+        minisd.load("tests/data/tiny.safetensors", offload=True)
     assert main(["txt2img", "a", "--checkpoint", "tests/data/tiny.safetensors", "--offload"]) == 1
-    assert "--offload needs a GPU: give --device cuda" in capsys.readouterr().err
+    assert "until they run on another device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["eval", "subjects", "--data", "weights/subjects"], ["eval", "mini"]])
+def test_evaluations_refuse_it(command, capsys, tmp_path):
+    (tmp_path / "images.npy").touch()
+    data = [] if "subjects" in command else ["--data", tmp_path]
+    assert main([*command, *map(str, data), "--out", str(tmp_path / "out"), "--offload", "--device", "meta"]) == 1
+    assert "--offload is for drawing alone" in capsys.readouterr().err
+
+
+def test_a_training_refuses_it():
+    with pytest.raises(ValueError, match="loaded with offload only draws"):
+        with_networks(offloaded())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_tiny import DDPM, LOOP, MINI, MODEL, RUN, frozen_networks, pictures, train_recipe
 
 import minisd
@@ -32,7 +33,7 @@ from minisd.training.loss import (
     kl_to_standard,
     min_snr_weights,
 )
-from minisd.training.mini import mini_config, train_mini
+from minisd.training.mini import MiniConfig, mini_config, train_mini
 from minisd.training.patchgan import PatchDiscriminator
 from minisd.training.progress import read_log
 from minisd.training.vae import VAERecipe, latent_scale, train_vae
@@ -99,6 +100,7 @@ def test_gradient_loss_sees_edges_and_no_uniform_shift():
     step = image.clone()
     step[..., 4:] = 1
     assert gradient_loss(step, image, scales=1).item() == pytest.approx(1 / 7)
+    assert gradient_loss(step, image, scales=9).item() == pytest.approx((1 / 7 + 1 / 3 + 1) / 3)  # of 8, 4 and 2 pixels
 
 
 def test_hinge_loss_asks_for_a_margin_of_one_on_either_side():
@@ -421,25 +423,69 @@ def test_the_models_file_holds_each_row_of_the_token_embedding_once_and_conversi
     assert load_file(tmp_path / "ldm.safetensors")[name].shape == table.shape
 
 
-def test_a_training_starts_from_the_networks_of_files(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished training."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_mini(pictures(), folder, MINI, RUN)
+    return folder
+
+
+def test_a_training_starts_from_the_networks_of_files(tmp_path, trained):
     """VAE and CLIP as they are, from a file of each; the U-Net of a whole model learns on."""
-    train_mini(pictures(), tmp_path / "first", MINI, RUN)
-    first = load_checkpoint(tmp_path / "first" / "mini.safetensors", cast=lambda _: torch.float32).networks
-    parts = [tmp_path / "first" / part for part in ("vae/vae.safetensors", "clip/clip.safetensors")]
+    whole = trained / "mini.safetensors"
+    first = load_checkpoint(whole, cast=lambda _: torch.float32).networks
+    parts = tuple(str(trained / part) for part in ("vae/vae.safetensors", "clip/clip.safetensors"))
     still = replace(MINI, unet=replace(MINI.unet, loop=replace(LOOP, lr=1e-12, weight_decay=0.0)))
-    apart = train_mini(pictures(), tmp_path / "apart", MINI, RUN, start=parts).networks
-    on = train_mini(pictures(), tmp_path / "on", still, RUN, start=[tmp_path / "first" / "mini.safetensors"]).networks
+    apart = train_mini(pictures(), tmp_path / "apart", replace(MINI, start=parts), RUN)
+    on = train_mini(pictures(), tmp_path / "on", replace(still, start=(str(whole),)), RUN)
     for name, network in first.items():
         for made in (apart, on) if name != "unet" else (on,):
-            assert made[name].config == network.config
-            for ours, theirs in zip(made[name].parameters(), network.parameters(), strict=True):
+            assert made.networks[name].config == network.config
+            assert not any(weight.requires_grad for weight in made.networks[name].parameters())
+            for ours, theirs in zip(made.networks[name].parameters(), network.parameters(), strict=True):
                 assert torch.allclose(ours, theirs, rtol=0, atol=1e-8)
     assert {p.name for p in (tmp_path / "on").iterdir()} == {"unet", "mini.safetensors", "mini.json"}
+    assert (apart.global_step, on.global_step) == (LOOP.steps, 2 * LOOP.steps)
+    assert from_dict(MiniConfig, json.loads((tmp_path / "on" / "mini.json").read_text())).start == (str(whole),)
 
-    wider = replace(MODEL, unet=replace(MODEL.unet, channels=32))
-    start, other = [tmp_path / "first" / "mini.safetensors"], replace(MINI, unet=replace(MINI.unet, model=wider))
-    with pytest.raises(ValueError, match="the U-Net to start from is another"):
-        train_mini(pictures(), tmp_path / "wider", other, RUN, start=start)
+
+def changed_unet(**changes):
+    return replace(MINI, unet=replace(MINI.unet, model=replace(MODEL, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("plan", "file", "sentence"),
+    [
+        (changed_unet(unet=replace(MODEL.unet, channels=32)), "mini.safetensors", "unet.channels was 16, is 32"),
+        (changed_unet(prediction="eps"), "mini.safetensors", 'prediction was "v", is "eps"'),
+        (changed_unet(schedule=ScheduleConfig("cosine", 100)), "mini.safetensors", "schedule.kind was"),
+        (
+            changed_unet(unet=replace(MODEL.unet, context_dim=8)),
+            "clip/clip.safetensors",
+            "has width 16, the U-Net wants 8",
+        ),
+        (MINI, "half.safetensors", "half of a CLIP"),
+        (MINI, "ddpm.safetensors", "holds no VAE, CLIP or U-Net"),
+        (MINI, "missing.safetensors", "missing.safetensors"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_anything_is_learnt(plan, file, sentence, trained, tmp_path):
+    if file.startswith("half"):
+        half = load_file(trained / "clip" / "clip.safetensors")
+        save_file({k: v for k, v in half.items() if not k.startswith("embedder.")}, trained / file)
+    if file.startswith("ddpm"):
+        save_file({"weight": torch.zeros(3)}, trained / file)
+    with pytest.raises((ValueError, OSError), match=re.escape(sentence)):
+        train_mini(pictures(), tmp_path / "run", replace(plan, start=(str(trained / file),)), RUN)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_does_not_write_over_what_it_starts_from(trained):
+    before = (trained / "mini.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is what this training will write: give it another folder"):
+        train_mini(pictures(), trained, replace(MINI, start=(str(trained / "mini.safetensors"),)), RUN)
+    assert (trained / "mini.safetensors").read_bytes() == before
 
 
 def test_the_vae_of_a_training_takes_the_place_of_another_models(tmp_path):
@@ -451,20 +497,42 @@ def test_the_vae_of_a_training_takes_the_place_of_another_models(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(sd.vae.parameters(), own.vae.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("turned", [0.0, 1.0])
-def test_equivariance_shows_the_decoder_shrunk_and_turned_latents(turned, monkeypatch):
-    """A decoder that only repeats its latents finds them beside pictures shrunk and turned the same way."""
-    recipe = VAERecipe(pictures(), replace(MINI.vae, equivariance=turned))
-    picture = pictures().images(torch.arange(2))
-    shapes = set()
-    for step in range(12):
-        small, latent = recipe._moved(picture, torch.nn.functional.avg_pool2d(picture, 2), step)
-        assert latent.shape[-1] * 2 == small.shape[-1]
-        shapes.add(latent.shape[-1])
-        assert (torch.nn.functional.avg_pool2d(small, 2) - latent).abs().mean() < 0.15
-        loss = recipe.loss(torch.arange(2), Draws(0, step, 2, slice(0, 2)))["loss"]
-        assert loss.isfinite()
-    assert (len(shapes) > 3) == bool(turned)
+def test_equivariance_shows_the_decoder_latents_shrunk_and_turned_as_the_pictures_are():
+    """Where latents are halved pictures, those of a moved picture are the moved latents; in no other turn they are."""
+    recipe = VAERecipe(pictures(), replace(MINI.vae, equivariance=1.0))
+    corner = torch.zeros(1, 3, 32, 32)
+    corner[..., :16, :8] = 1  # looks different in every turn
+    halved = torch.nn.functional.avg_pool2d(corner, 2)
+    sides, turns = set(), set()
+    for step in range(24):
+        small, latent = recipe._moved(corner, halved, step)
+        apart = [(torch.nn.functional.avg_pool2d(small, 2).rot90(k, (2, 3)) - latent).abs().mean() for k in range(4)]
+        assert apart[0] < 0.03
+        assert min(apart[1:]) > 0.1
+        sides.add(latent.shape[-1])
+        turns |= {k for k in range(4) if small.rot90(-k, (2, 3))[..., 0, 0].min() > 0.5}
+    assert len(sides) > 6
+    assert min(sides) == 4
+    assert turns == {0, 1, 2, 3}
+    recipe = VAERecipe(pictures(), MINI.vae)
+    assert all(recipe._moved(corner, halved, step)[0] is corner for step in range(24))
+
+
+@pytest.mark.parametrize("size", [8, 44, 46, 176, 208])
+def test_pictures_of_any_size_shrink_as_their_latents_do_and_never_below_what_a_rival_can_judge(size):
+    recipe = VAERecipe(pictures(size=size), replace(MINI.vae, equivariance=1.0, gan_weight=0.5, gan_layers=1))
+    for step in range(24):
+        image, z = recipe._moved(torch.zeros(1, 1, size, size), torch.zeros(1, 1, size // 2, size // 2), step)
+        assert image.shape[-1] == 2 * z.shape[-1] >= 6
+
+
+def test_a_rival_judges_shrunk_pictures_too_and_the_divergence_is_that_of_the_whole_picture():
+    config = replace(MINI.vae, equivariance=1.0, gan_weight=0.5, gan_start=0, gan_layers=1, gan_channels=8)
+    recipes = [VAERecipe(pictures(), each) for each in (config, replace(config, equivariance=0.0))]
+    for step in range(8):
+        moved, still = (r.loss(torch.arange(2), Draws(0, step, 2, slice(0, 2))) for r in recipes)
+        assert moved["loss"].isfinite()
+        assert moved["kl"].item() == still["kl"].item()
 
 
 def test_a_prompt_of_words_that_no_caption_had_is_drawn_with_a_warning_that_names_them(tmp_path):

@@ -194,7 +194,7 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     words = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's, Linux's, Windows'
     if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in words):
-        return "the memory does not suffice: smaller pictures, or weights of --dtype bfloat16, need less of it"
+        return "the memory does not suffice: smaller pictures, --dtype bfloat16, or a GPU's --offload need less of it"
     return None
 
 

@@ -59,7 +59,7 @@ def eval_mini(
     from minisd.record.files import fingerprint, sha256, write_whole
 
     began, plan = time.monotonic(), mini.Plan(seed, concepts, pictures)
-    sd = model.load()
+    sd = model.load_whole()
     checkpoint = model.checkpoint or mini_model()
     digest = fingerprint(checkpoint) if checkpoint.is_dir() else sha256(checkpoint)
     space = CLIPFeatures.of(sd).name

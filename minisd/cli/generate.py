@@ -181,12 +181,16 @@ def check_memory(sampling: Sampling) -> None:
 
     if not memory.is_large(sampling):
         return
-    needs, free = memory.needs(sampling), memory.available(sampling.sd.device)
+    sd = sampling.sd
+    sd.rest()  # then what is free, too, is without the weights
+    needs, free = memory.needs(sampling), memory.available(sd.device)
     print(needs, file=sys.stderr)
     if free is not None and needs.beside_weights > free:
+        beside = "" if sd.offload else " beside the weights"
+        offload = ", --offload" if beside and sd.device.type != "cpu" else ""
         raise ValueError(
-            f"{needs}; {free / 1e9:.1f} GB are free beside the weights: choose a smaller --batch-size, --height and "
-            "--width, --tile 64, or --dtype bfloat16"
+            f"{needs}; {free / 1e9:.1f} GB are free{beside}: choose a smaller --batch-size, --height and --width, "
+            f"--tile 64{offload}, or --dtype bfloat16"
         )
 
 

@@ -74,6 +74,12 @@ class Model:
             print(f"{path}: {len(sd.load_lora(path, weight))} layers changed, weight {weight:g}", file=sys.stderr)
         return sd
 
+    def load_whole(self) -> StableDiffusion:
+        """The model for what uses several networks at once; ValueError with offload."""
+        if self.offload:
+            raise ValueError("--offload is for drawing alone: here the networks work side by side, leave it out")
+        return self.load()
+
     def embeddings(self) -> list[tuple[Path, str | None]]:
         """(file, token) of each --embedding."""
         return [_file_and_token(text) for text in self.embedding]
@@ -88,7 +94,7 @@ class Model:
 
         from minisd.checkpoints.embeddings import load_embeddings
         from minisd.checkpoints.lora import open_lora
-        from minisd.tasks.cuda_graph import check_device
+        from minisd.tasks import cuda_graph, offload
 
         for path, _ in self.embeddings():
             load_embeddings(path)
@@ -106,12 +112,9 @@ class Model:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise ValueError(f"the device {self.device} cannot be used ({reason}): try --device cpu") from error
         if self.cuda_graph:
-            check_device(device)
-        if self.offload and (device.type == "cpu" or self.cuda_graph):
-            reason = (
-                "needs a GPU: give --device cuda" if device.type == "cpu" else "and --cuda-graph exclude each other"
-            )
-            raise ValueError(f"--offload {reason}")
+            cuda_graph.check_device(device)
+        if self.offload:
+            offload.check_device(device)
 
     def record(self, folder: Path) -> LoadedModel:
         """How a picture in this folder remembers the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ def replay(
     checkpoint: Path | None = None,
     vae: Path | None = None,
     device: str | None = None,
+    offload: bool = False,
     out: Path | None = None,
 ) -> int:
     """Make a picture again from what it says of itself, and say whether every pixel is equal.
@@ -33,6 +35,7 @@ def replay(
         checkpoint: the model, where it lies elsewhere now.
         vae: the VAE of its own, likewise.
         device: run elsewhere than the first time; pixels may then differ by a level.
+        offload: as for txt2img, on a GPU that cannot hold all networks.
         out: save the picture made again as this .png file.
     """
     from minisd.record.files import find_input
@@ -45,7 +48,7 @@ def replay(
     call, index = read_png(image)
     folder = image.parent
     inputs = {name: find_input(file, folder) for name, file in call.inputs.items()}
-    model = _model(call.model, folder, checkpoint, vae, device)
+    model = replace(_model(call.model, folder, checkpoint, vae, device), offload=offload)
     again = draw_again(model, call, index, inputs)
     if out is not None:
         _save(out, again, call, index, model, inputs)
@@ -124,8 +127,6 @@ def _difference(first: Image.Image, again: Image.Image) -> str:
 
 def _save(out: Path, image: Image.Image, call: Call, index: int, model: Model, inputs: dict[str, Path]) -> None:
     """The picture with its record, files named as they are seen from where it goes."""
-    from dataclasses import replace
-
     import torch
 
     from minisd import __version__

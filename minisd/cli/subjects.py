@@ -49,7 +49,7 @@ def eval_subjects(
     from minisd.training.options import Run
     from minisd.training.photos import photo_paths
 
-    began, sd = time.monotonic(), model.load()
+    began, sd = time.monotonic(), model.load_whole()
     quick = sd.device.type == "cuda" or has_amx()
     plan = Comparison(precision="bfloat16" if quick else "float32", train_steps=train_steps)
     clip = CLIPFeatures.of(sd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,9 +40,11 @@ def train_mini(
 
     check(folder, out, run)
     plan = changed(mini_config(gpu=run.device.startswith("cuda")), read_changes(config, settings))
+    if start:
+        plan = replace(plan, start=tuple(map(str, start)))
     pictures = load_pictures(folder, size=plan.unet.model.image_size)
     with processes(run.device) as group:
-        train_mini(pictures, out, plan, run, group, start=start)
+        train_mini(pictures, out, plan, run, group)
     print(out / "mini.safetensors")
 
 

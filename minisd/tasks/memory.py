@@ -20,7 +20,6 @@ from minisd.models.unet import Conditioning
 from minisd.tasks.latents import decoded
 
 if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
     from minisd.tasks.sampling import Sampling
 
 PER_PIXEL = 3072  # bytes that the official VAE takes to decode a pixel, untiled and in float32
@@ -30,7 +29,8 @@ PER_PIXEL = 3072  # bytes that the official VAE takes to decode a pixel, untiled
 class Needs:
     """Bytes: of all weights together, and, beside them, of a step of the U-Net and of the decoding at their fullest.
 
-    What PyTorch's libraries keep for themselves (a convolution's scratch, fragments) comes on top: a tenth or two.
+    With offload no weights stay: those of the U-Net are in its step, those of the VAE in the decoding. What PyTorch's
+    libraries keep for themselves (a convolution's scratch, fragments) comes on top: a tenth or two.
     """
 
     weights: int
@@ -47,21 +47,21 @@ class Needs:
 
     def __str__(self) -> str:
         weights, step, decode = (f"{n / 1e9:.1f}" for n in (self.weights, self.step, self.decode))
-        return f"about {self.peak / 1e9:.1f} GB of memory: weights {weights}, then a step {step}, decoding {decode}"
+        first = f"weights {weights}, then" if self.weights else "with the weights of the network at work"
+        return f"about {self.peak / 1e9:.1f} GB of memory: {first} a step {step}, decoding {decode}"
 
 
 def is_large(sampling: Sampling) -> bool:
     """Whether a sampling may take more than a gigabyte: for less it is not worth the two seconds that `needs` takes."""
     b, _, h, w = sampling.latents.shape
     pixels = b * h * w * sampling.sd.config.vae.factor**2
-    return weights_of(sampling.sd) + PER_PIXEL * pixels > 1e9
+    sd = sampling.sd
+    return sum(map(weights_of, sd.checkpoint.networks.values())) + PER_PIXEL * pixels > 1e9
 
 
-def weights_of(sd: StableDiffusion) -> int:
-    """Bytes of all networks; with offload of the largest, which alone is on the device."""
-    networks = [sd.unet, sd.vae, sd.text_encoder, *filter(None, [sd.vision_encoder])]
-    sizes = [sum(weight.nbytes for weight in network.parameters()) for network in networks]
-    return max(sizes) if sd.offload else sum(sizes)
+def weights_of(network: nn.Module) -> int:
+    """Bytes."""
+    return sum(weight.nbytes for weight in network.parameters())
 
 
 def needs(sampling: Sampling) -> Needs:
@@ -75,11 +75,11 @@ def needs(sampling: Sampling) -> Needs:
     vae = on_meta("vae", sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
     n, channels = context.shape[0], sd.config.unet.in_channels
     x = torch.empty(n, channels, *latents.shape[-2:], dtype=sd.dtype, device="meta")
-    return Needs(
-        weights=weights_of(sd),
-        step=live_bytes(lambda: unet(x, 0, Conditioning(context)), unet),
-        decode=live_bytes(lambda: decoded(vae, latents.to("meta"), sampling.settings.tile), vae),
-    )
+    step = live_bytes(lambda: unet(x, 0, Conditioning(context)), unet)
+    decode = live_bytes(lambda: decoded(vae, latents.to("meta"), sampling.settings.tile), vae)
+    if sd.offload:
+        return Needs(0, step + weights_of(sd.unet), decode + weights_of(sd.vae))
+    return Needs(sum(map(weights_of, sd.checkpoint.networks.values())), step, decode)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ class Offload:
     """The network that runs has a copy of its weights on the device; those of all others lie in CPU memory alone.
 
     The weights in CPU memory are never written to: leaving the device only drops the copies. What changes weights
-    (adapters, saving) has to call `rest` first.
+    (adapters, saving) has to call `rest` first. Where a copy fails, memory being full, all are dropped.
     """
 
     def __init__(self, device: str | torch.device):
@@ -25,13 +25,23 @@ class Offload:
         if network is self._there:
             return
         self.rest()
-        self._there = network
         self._kept = [(tensor, tensor.data) for tensor in chain(network.parameters(), network.buffers())]
-        for tensor, weights in self._kept:
-            tensor.data = weights.to(self.device, copy=True)
+        try:
+            for tensor, weights in self._kept:
+                tensor.data = weights.to(self.device, copy=True)
+        except BaseException:
+            self.rest()
+            raise
+        self._there = network
 
     def rest(self) -> None:
         """Let no network be on the device."""
         for tensor, weights in self._kept:
             tensor.data = weights
         self._there, self._kept = None, []
+
+
+def check_device(device: torch.device) -> None:
+    """ValueError where the weights lie on the device already."""
+    if device.type == "cpu":
+        raise ValueError("offload keeps networks in CPU memory until they run on another device: give it, such as cuda")

@@ -147,6 +147,8 @@ def train_latent_diffusion(
     pictures.check_captions()
     if vae.config != config.model.vae or text.config != config.model.text:
         raise ValueError("the config describes another VAE or text encoder than these: replace(model, vae=vae.config)")
+    if start is not None and start.config != config.model.unet:
+        raise ValueError(f"the U-Net to start from is another: {start.config}; the plan's: {config.model.unet}")
     folder = Path(folder)
     digest = _digest(vae, text, pictures)
     cache = load_cache(folder / CACHE, digest)
@@ -158,8 +160,6 @@ def train_latent_diffusion(
     # where memory is saved is no part of the result
     settings = {"recipe": asdict(replace(config, recompute=False)), "data": digest}
     if start is not None:
-        if start.config != config.model.unet:
-            raise ValueError(f"the U-Net to start from is another: {start.config}; the plan's: {config.model.unet}")
         recipe.unet.load_state_dict(start.state_dict())
         settings["start"] = network_digest(start)
     train(recipe, config.loop, folder, run, group, settings)

@@ -25,7 +25,10 @@ from minisd.training.data import Augmentation, Pictures
 from minisd.training.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
 from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes
+from minisd.training.state import differing
 from minisd.training.vae import VAERecipeConfig, train_vae
+
+FILE = "mini.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class MiniConfig:
         clip: the text and the vision tower.
         unet: the U-Net. Its model's vae, text and vision are filled in with those trained before it.
         half: whether the weights are saved in float16.
+        start: files of other trainings, vae.safetensors, clip.safetensors or whole models: a VAE and a CLIP in them are
+            taken as they are instead of trained, a U-Net learns on from there.
     """
 
     vae: VAERecipeConfig = field(default_factory=VAERecipeConfig)
     clip: CLIPRecipeConfig = field(default_factory=CLIPRecipeConfig)
     unet: LatentDiffusionConfig = field(default_factory=LatentDiffusionConfig)
     half: bool = True
+    start: tuple[str, ...] = ()
 
 
 def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
@@ -90,21 +96,21 @@ def train_mini(
     config: MiniConfig,
     run: Run = RUN,
     group: Processes = ALONE,
-    *,
-    start: Sequence[str | os.PathLike] = (),
 ) -> Checkpoint:
     """All three recipes, in subfolders of `folder`; then folder/mini.safetensors, in the original's layout.
 
     What is finished is only loaded, so the same call takes an interrupted training up again. It also is kept for other
-    trainings: vae/vae.safetensors, clip/clip.safetensors. start: such files, or whole models: a VAE and a CLIP in them
-    are taken as they are instead of trained, a U-Net learns on from there.
+    trainings to start from: vae/vae.safetensors, clip/clip.safetensors. ValueError, before anything is learnt, for
+    pictures or a start that do not fit the config.
     """
     pictures.check_captions()
     folder, size = Path(folder), config.unet.model.image_size
     if pictures.size != size:
         raise ValueError(f"the pictures have {pictures.size} px, the model {size}: make them equal")
-    given = networks_in(start)
-    model, step = config.unet.model, config.unet.loop.steps
+    if any(Path(path).resolve() == (folder / FILE).resolve() for path in config.start):
+        raise ValueError(f"{folder / FILE} is what this training will write: give it another folder")
+    model = config.unet.model
+    given, steps = networks_in(config.start, model)
 
     def save(path: Path, networks: dict[str, nn.Module], **options) -> None:
         if group.is_first:
@@ -115,11 +121,14 @@ def train_mini(
         vae = train_vae(pictures, folder / "vae", config.vae, run, group)
         model = replace(model, vae=vae.config)
         save(folder / "vae" / "vae.safetensors", {"vae": vae})
-    if (clip := {name: given[name] for name in ("text", "vision") if name in given}).keys() != {"text", "vision"}:
+    clip = {name: given[name] for name in ("text", "vision") if name in given}
+    if not clip:
         trained = train_clip(pictures, folder / "clip", config.clip, run, group)
         clip = {"text": trained.text, "vision": trained.vision}
         model = replace(model, text=trained.text.config, vision=trained.vision.config)
         save(folder / "clip" / "clip.safetensors", clip)
+    for network in (vae, *clip.values()):
+        network.to(group.device).requires_grad_(False)
     model = replace(model, vae=vae.config, text=clip["text"].config, vision=clip["vision"].config)
     unet_config = replace(config.unet, model=model)
     unet = train_latent_diffusion(
@@ -127,22 +136,45 @@ def train_mini(
     )
 
     networks = {"unet": unet, "vae": vae, **clip}
-    save(folder / "mini.safetensors", networks, global_step=step)
+    steps += config.unet.loop.steps
+    save(folder / FILE, networks, global_step=steps)
     if group.is_first:
         text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
         write_whole(folder / "mini.json", lambda file: file.write(text.encode()))
-    return Checkpoint(model, networks, {}, [], "minisd trained it so", global_step=step)
+    return Checkpoint(model, networks, {}, [], "minisd trained it so", global_step=steps)
 
 
-def networks_in(paths: Sequence[str | os.PathLike]) -> dict[str, nn.Module]:
-    """The networks of these files by name, in float32; where two files hold one, the later file's."""
-    found = {}
+def networks_in(paths: Sequence[str | os.PathLike], model: ModelConfig) -> tuple[dict[str, nn.Module], int]:
+    """The networks of these files by name, in float32, and the steps that the U-Net among them has learnt.
+
+    Where two files hold one, the later file's. ValueError where a U-Net is not the model's, predicts something else or
+    learnt under another schedule, and for a CLIP without one of its towers.
+    """
+    found, steps = {}, 0
     for path in paths:
-        held = [name for name in WHOLE if name in open_checkpoint(path).contents.parts]
+        opened = open_checkpoint(path)
+        held = [name for name in WHOLE if name in opened.contents.parts]
         if not held:
             raise ValueError(f"{path} holds no VAE, CLIP or U-Net to start from")
+        if len({"text", "vision"}.intersection(held)) == 1:
+            raise ValueError(f"{path} holds half of a CLIP: text encoder and vision tower are taken over together")
+        if "unet" in held:
+            said = opened.config
+            if said is None:
+                raise ValueError(
+                    f"{path} does not say how its U-Net was trained, as the files of minisd's trainings do"
+                )
+            learnt, asked = (
+                {"unet": asdict(c.unet), "prediction": c.prediction, "schedule": asdict(c.schedule)}
+                for c in (said, model)
+            )
+            if other := differing(learnt, asked):
+                raise ValueError(f"{path}: the U-Net to start from is another than the plan's: {'; '.join(other)}")
+            steps = opened.global_step or 0
         found |= {name: load_network(path, name, cast=lambda _: torch.float32) for name in held}
-    return found
+    if "text" in found and (width := found["text"].config.width) != model.unet.context_dim:
+        raise ValueError(f"the text encoder to start from has width {width}, the U-Net wants {model.unet.context_dim}")
+    return found, steps
 
 
 def in_half(network: nn.Module) -> nn.Module:

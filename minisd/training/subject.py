@@ -336,7 +336,12 @@ def learn(
 
 
 def with_networks(sd: StableDiffusion, **networks: nn.Module) -> StableDiffusion:
-    """A model of its own with some networks ("unet", "text") in place of sd's; it shares the others."""
+    """A model of its own with some networks ("unet", "text") in place of sd's; it shares the others.
+
+    ValueError where sd was loaded with offload: networks that learn stay on the device.
+    """
+    if sd.offload:
+        raise ValueError("a model that was loaded with offload only draws: load it without, to train it")
     added = {token: list(ids) for token, ids in sd.tokenizer.added_tokens.items()}
     changed = replace(sd.checkpoint, networks=sd.checkpoint.networks | networks, added_tokens=added)
     return StableDiffusion(changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -77,11 +78,13 @@ class VAERecipe:
     def __init__(self, pictures: Pictures, config: VAERecipeConfig):
         if pictures.size % config.vae.factor:
             raise ValueError(f"pictures of {pictures.size} px do not divide by the VAE's factor {config.vae.factor}")
-        if config.gan_weight and pictures.size < (least := 3 * 2**config.gan_layers):
+        least = 3 * 2**config.gan_layers if config.gan_weight else 1
+        if pictures.size < least:
             raise ValueError(
                 f"a rival of {config.gan_layers} layers needs {least} px, the pictures have {pictures.size}"
             )
         self.pictures, self.config = pictures, config
+        self.least = ceil(least / config.vae.factor)  # latents' pixels a side
         with seeded("vae", config.loop.seed):
             self.vae = VAE(replace(config.vae, scale_factor=1.0))
             # noise as strong as the signal, which is what a fresh network gives, would drown channels for good
@@ -98,6 +101,7 @@ class VAERecipe:
         image = augmented(self.pictures, examples, draws, config.augmentation)
         posterior = self.vae.encode(image)
         z = posterior.mean + posterior.std * draws.normal(*posterior.mean.shape[1:])
+        kl = kl_to_standard(posterior).mean() / image[0].numel()
         image, z = self._moved(image, z, draws.step)
         output = self.vae.decode(z).float()
 
@@ -105,7 +109,6 @@ class VAERecipe:
         pixel = error.abs().mean() if config.pixel == "l1" else error.square().mean()
         edges = gradient_loss(output, image) if config.gradient_weight else pixel.new_zeros(())
         reconstruction = pixel + config.gradient_weight * edges
-        kl = kl_to_standard(posterior).mean() / image[0].numel()
         losses = {"pixel": pixel, "edges": edges, "kl": kl}
         total = reconstruction + config.kl_weight * kl
         if config.gan_weight and draws.step >= config.gan_start:
@@ -118,19 +121,21 @@ class VAERecipe:
         return {"loss": total, **losses}
 
     def _moved(self, image: Tensor, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Both as they are or, for the share of steps, shrunk to a quarter at the least and turned by right angles."""
+        """Both as they are or, for the share of steps, shrunk to a quarter at the least and turned by right angles.
+
+        Never to less than the rival can judge.
+        """
         chance = generator("equivariance", self.config.loop.seed, step)
         if torch.rand((), generator=chance) >= self.config.equivariance:
             return image, z
         whole = z.shape[-1]
-        side = int(torch.randint(max(whole // 4, 1), whole + 1, (), generator=chance))
+        side = int(torch.randint(max(whole // 4, self.least), whole + 1, (), generator=chance))
         turns = int(torch.randint(4, (), generator=chance))
 
-        def moved(x: Tensor) -> Tensor:
-            small = F.interpolate(x, scale_factor=side / whole, mode="bilinear", antialias=True)
-            return small.rot90(turns, (2, 3))
+        def moved(x: Tensor, size: int) -> Tensor:
+            return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True).rot90(turns, (2, 3))
 
-        return moved(image), moved(z)
+        return moved(image, side * self.config.vae.factor), moved(z, side)
 
     def _rivals(self, image: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """What each player wants small: the autoencoder's -D(x̂) with D held, D's hinge loss with x̂ held."""
@@ -154,9 +159,8 @@ class DecoderRecipe(VAERecipe):
     name = "decoder"
 
     def __init__(self, pictures: Pictures, config: VAERecipeConfig, vae: VAE):
-        super().__init__(
-            pictures, replace(config, pixel="l2", gradient_weight=0.1 * config.gradient_weight, gan_weight=0.0)
-        )
+        edges = 0.1 * config.gradient_weight
+        super().__init__(pictures, replace(config, pixel="l2", gradient_weight=edges, gan_weight=0.0, equivariance=0.0))
         self.vae.load_state_dict(vae.state_dict())
         for part in (self.vae.encoder, self.vae.quant_conv):
             part.requires_grad_(False)
