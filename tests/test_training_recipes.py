@@ -488,11 +488,9 @@ def test_a_training_does_not_write_over_what_it_starts_from(trained):
     assert (trained / "mini.safetensors").read_bytes() == before
 
 
-def test_the_vae_of_a_training_takes_the_place_of_another_models(tmp_path):
-    train_vae_file = tmp_path / "vae" / "vae.safetensors"
-    train_mini(pictures(), tmp_path, MINI, RUN)
-    sd = minisd.load(tmp_path / "mini.safetensors", vae=train_vae_file, dtype=torch.float32)
-    own = minisd.load(tmp_path / "mini.safetensors", dtype=torch.float32)
+def test_the_vae_of_a_training_takes_the_place_of_another_models(trained):
+    sd = minisd.load(trained / "mini.safetensors", vae=trained / "vae" / "vae.safetensors", dtype=torch.float32)
+    own = minisd.load(trained / "mini.safetensors", dtype=torch.float32)
     assert sd.config.vae == own.config.vae
     assert all(torch.equal(a, b) for a, b in zip(sd.vae.parameters(), own.vae.parameters(), strict=True))
 

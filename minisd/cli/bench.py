@@ -114,7 +114,7 @@ def bench_all(*, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 2
     for measure, contenders in subjects:
         try:
             reports.append(measure(shared_with(contenders, options)))
-        except Failed as error:  # what the others took half an hour for is kept
+        except (Failed, ValueError) as error:  # what the others took half an hour for is kept
             print(f"minisd: {error}", file=sys.stderr)
             code = 1
     return publish(reports, options) or code
