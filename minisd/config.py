@@ -407,7 +407,7 @@ MINI = ModelConfig(  # Stable Diffusion's geometry, small enough to be trained o
         context_dim=128,
         norm_groups=16,
     ),
-    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=8, scale_factor=1.0),
+    vae=VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=2, scale_factor=1.0),
     text=CLIPTextConfig(width=128, layers=4, heads=4, mlp_width=512, projection_dim=128),
     vision=CLIPVisionConfig(
         image_size=64, patch_size=8, width=192, layers=6, heads=6, mlp_width=768, projection_dim=128

@@ -22,7 +22,8 @@ from minisd.models.unet import Conditioning
 from minisd.training.ddpm import DDPMRecipe, train_ddpm
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
-from minisd.training.loop import Diverged, build_optimizer, learning_rate
+from minisd.training.loop import Diverged, learning_rate
+from minisd.training.optimizers import Muon, build_optimizers, orthogonalized
 from minisd.training.options import LoopConfig, changed, read_changes
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.progress import read_log
@@ -313,10 +314,61 @@ def test_every_cycle_has_the_rates_of_a_training_of_its_own():
 
 def test_weight_decay_shrinks_matrices_only():
     networks = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Embedding(4, 2), "c": nn.GroupNorm(1, 2)})
-    shrunk, others = build_optimizer(networks, LoopConfig(weight_decay=0.1)).param_groups
+    (adamw,) = build_optimizers(networks, LoopConfig(weight_decay=0.1))
+    shrunk, others = adamw.param_groups
     assert [p.shape for p in shrunk["params"]] == [(3, 2)]
     assert (shrunk["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert len(others["params"]) == 4
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 50), (1, 9), (64, 3)])
+def test_orthogonalising_keeps_the_singular_vectors_and_brings_the_values_near_one(shape):
+    u, _, vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    values = torch.linspace(1, 0.1, len(vt))
+    found = u.T @ orthogonalized(u @ torch.diag(100 * values) @ vt) @ vt.T
+    assert (found - torch.diag(found.diagonal())).abs().max() < 1e-4
+    assert 0.65 < found.diagonal().min() <= found.diagonal().max() < 1.25
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="in PyTorch since 2.9, for matrices")
+@pytest.mark.parametrize("shape", [(12, 16), (30, 8), (8, 30)])
+def test_muon_moves_matrices_as_pytorchs_does_and_kernels_as_their_matrices(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    matrix = nn.Parameter(start.clone())
+    theirs, kernel = nn.Parameter(matrix.detach().clone()), nn.Parameter(matrix.detach().clone()[:, :, None, None])
+    optimizers = [Muon([each], lr=0.02, weight_decay=0.1) for each in (matrix, kernel)]
+    optimizers.append(torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1))
+    for _ in range(4):
+        matrix.grad = torch.randn(shape, generator=generator)
+        theirs.grad, kernel.grad = matrix.grad.clone(), matrix.grad.clone()[:, :, None, None]
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (matrix - theirs).norm() < 0.03 * (theirs - start).norm()  # theirs orthogonalises in bfloat16
+    assert torch.equal(kernel[:, :, 0, 0], matrix)
+
+
+def test_a_training_by_muon_moves_the_rest_by_adamw_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    config = replace(DDPM, loop=replace(LOOP, muon=0.02))
+    muon, adamw = build_optimizers(DDPMRecipe(pictures(), config).networks, config.loop)
+    assert all(p.ndim > 1 for group in muon.param_groups for p in group["params"])
+    assert all(p.ndim == 1 for group in adamw.param_groups for p in group["params"])
+    train_ddpm(pictures(), tmp_path / "whole", config, RUN)
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train_ddpm(pictures(), tmp_path / "stopped", config, RUN)
+    monkeypatch.undo()
+    train_ddpm(pictures(), tmp_path / "stopped", config, RUN)
+    assert bits_of(tmp_path / "stopped") == bits_of(tmp_path / "whole")
+    read_back = open_tensors(tmp_path / "whole" / STATE)
+    assert {name.split(".")[1] for name in read_back if name.startswith("optimizer.")} == {
+        "momentum",
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    with pytest.raises(ValueError, match=r"muon=0\.0, .*all of them are above 0"):
+        replace(LOOP, muon=0.0)
 
 
 def test_training_leaves_the_global_random_state_alone(tmp_path):

@@ -87,7 +87,7 @@ def minisd(folder: Path, case: Training) -> Run:
     from minisd.nn.blocks import channels_last
     from minisd.pipeline import load
     from minisd.training import dreambooth, lora, textual_inversion
-    from minisd.training.loop import build_optimizer
+    from minisd.training.optimizers import build_optimizers
     from minisd.training.options import LoopConfig
     from minisd.training.photos import Photos
     from minisd.training.subject import Batch, SubjectConfig
@@ -111,7 +111,7 @@ def minisd(folder: Path, case: Training) -> Run:
             recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(place), config)
     networks = recipe.networks.train()
     channels_last(networks)
-    optimizer = build_optimizer(networks, loop)
+    optimizers = build_optimizers(networks, loop)
     x_0, noise = case.latents_and_noise()
     first = torch.zeros(case.batch, dtype=torch.long, device=case.device)
     batch = Batch(x_0, noise, case.t, first, torch.ones_like(x_0[:, :1]))
@@ -123,8 +123,9 @@ def minisd(folder: Path, case: Training) -> Run:
         loss.backward()
         for network in networks.values():
             nn.utils.clip_grad_norm_(network.parameters(), loop.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return loss.detach()
 
     return with_the_first(step)

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from minisd.record.files import write_whole
 from minisd.tasks.nonfinite import first_nonfinite_layer
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
+from minisd.training.optimizers import build_optimizers
 from minisd.training.options import LoopConfig, Run
 from minisd.training.parallel import Processes
 from minisd.training.progress import Progress
@@ -72,12 +74,12 @@ def train(
     folder, device = Path(folder), group.device
     group.check(config.batch_size, config.accumulate)
     networks = recipe.networks.to(device).train()
-    # as sampling lays them out: AdamW's moments take the weights' layout, which no sheet may then change under them
+    # as sampling lays them out: moments take the weights' layout, which no sheet may then change under them
     channels_last(networks)
-    optimizer = build_optimizer(networks, config)
+    optimizers = build_optimizers(networks, config)
     ema = EMA(networks, config.ema)
     state = folder / "state.safetensors"
-    start = load_state(state, networks, optimizer, ema, settings)
+    start = load_state(state, networks, optimizers, ema, settings)
 
     def losses(step: int, part: int) -> dict[str, Tensor]:
         """Those of one micro-batch of this process."""
@@ -99,8 +101,8 @@ def train(
     )
     with deterministic(device), progress, whole_steps(group) as interrupted:
         for step in range(start, config.steps):
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(config, step)
+            for parameters in chain(*(optimizer.param_groups for optimizer in optimizers)):
+                parameters["lr"] = learning_rate(config, step) * parameters["relative_lr"]
 
             values: dict[str, Tensor] = {}
             for part in range(config.accumulate):
@@ -117,8 +119,9 @@ def train(
             if not torch.stack(list(values.values())).isfinite().all():
                 again = [lambda part=part: losses(step, part) for part in range(config.accumulate)]  # noqa: B023
                 raise Diverged(_divergence(recipe, values, step, again, state))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             ema.update(step + 1)
 
             done = step + 1
@@ -130,7 +133,7 @@ def train(
                     progress.draw(done, recipe.sheet(done))
             stop = interrupted()
             if due(done, run.save_every) or stop:
-                save_state(state, done, networks, optimizer, ema, settings)
+                save_state(state, done, networks, optimizers, ema, settings)
             if stop:
                 raise KeyboardInterrupt(
                     f": {state} holds {done} of {config.steps} steps; the same command goes on there"
@@ -142,19 +145,6 @@ def train(
 def _write_json(path: Path, values: dict) -> None:
     text = json.dumps(values, indent=1, sort_keys=True) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
-
-
-def build_optimizer(networks: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that shrinks matrices and kernels only.
-
-    One for all networks, rivals too: Adam treats every weight by itself, and each has the gradient of its own loss.
-    """
-    tables = {id(m.weight) for m in networks.modules() if isinstance(m, nn.Embedding)}
-    learnt = [p for p in networks.parameters() if p.requires_grad]
-    shrunk = [p for p in learnt if p.ndim > 1 and id(p) not in tables]
-    others = [p for p in learnt if p.ndim <= 1 or id(p) in tables]
-    groups = [{"params": shrunk, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:

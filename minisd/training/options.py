@@ -21,6 +21,7 @@ class LoopConfig:
         accumulate: micro-batches per process and update; more need less memory, and change the result by rounding only
             (beside a rival, whose weight is found for each, by more).
         lr: the learning rate of AdamW after the warm-up.
+        muon: that of Muon, which then moves matrices and kernels (`optimizers.Muon`); null leaves all to AdamW.
         warmup: steps in which the rate rises linearly.
         decay: what the rate does then: stays, or falls to 0 along half a cosine.
         cycles: how often the rate goes through warm-up and decay, in equal parts of the steps (warm restarts). A model
@@ -37,6 +38,7 @@ class LoopConfig:
     batch_size: int = 32
     accumulate: int = 1
     lr: float = 1e-4
+    muon: float | None = None
     warmup: int = 100
     decay: Literal["constant", "cosine"] = "constant"
     cycles: int = 1
@@ -48,8 +50,9 @@ class LoopConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.steps < 1 or not self.lr > 0 or not self.clip > 0:
-            raise ValueError(f"steps={self.steps}, lr={self.lr}, clip={self.clip}: all of them are above 0")
+        if self.steps < 1 or not self.lr > 0 or not self.clip > 0 or not (self.muon is None or self.muon > 0):
+            said = f"steps={self.steps}, lr={self.lr}, muon={self.muon}, clip={self.clip}"
+            raise ValueError(f"{said}: all of them are above 0")
         if self.cycles < 1 or self.steps % self.cycles:
             raise ValueError(f"{self.steps} steps in {self.cycles} cycles: the steps must divide into equal ones")
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
 from minisd.training.ema import EMA
@@ -22,18 +23,24 @@ KEY = "minisd_training"  # in the metadata: the step, and the settings that made
 
 
 def save_state(
-    path: str | os.PathLike, step: int, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: dict
+    path: str | os.PathLike,
+    step: int,
+    networks: nn.Module,
+    optimizers: Sequence[Optimizer],
+    ema: EMA,
+    settings: dict,
 ) -> None:
     """Write the state after `step` steps. OSError where the disk is full: the file before stays."""
     tensors = {f"networks.{name}": weight.detach() for name, weight in learnt_weights(networks).items()}
     tensors |= {f"averages.{name}": tensor for name, tensor in ema.averages.items()}
-    for name, moments in _moments(networks, optimizer):
-        tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in moments.items()}
+    for optimizer in optimizers:
+        for name, moments in _moments(networks, optimizer):
+            tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in moments.items()}
     save_safetensors(path, tensors, {KEY: json.dumps({"step": step, "settings": settings}, sort_keys=True)})
 
 
 def load_state(
-    path: str | os.PathLike, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, settings: dict
+    path: str | os.PathLike, networks: nn.Module, optimizers: Sequence[Optimizer], ema: EMA, settings: dict
 ) -> int:
     """Take up the state of a file, in place, and return its step; 0 where there is none.
 
@@ -59,21 +66,24 @@ def load_state(
     take_weights(networks, under("networks."), path)
     for name, average in under("averages.").items():
         ema.averages[name].copy_(average)
-    named = {id(p): name for name, p in networks.named_parameters()}
-    order = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    moments = {key: under(f"optimizer.{key}.") for key in ("step", "exp_avg", "exp_avg_sq")}
-    weights = dict(networks.named_parameters())
+    named = {p: name for name, p in networks.named_parameters()}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in under("optimizer.").items():
+        key, _, name = key.partition(".")
+        moments.setdefault(name, {})[key] = tensor
 
     def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
         """In memory as the weight is: AdamW's fused form reads both in that order."""
         return tensor if tensor.shape != like.shape else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
-    state = {
-        i: {key: laid_out(tensors[name], weights[name]) for key, tensors in moments.items()}
-        for i, name in enumerate(order)
-        if name in moments["step"]
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for optimizer in optimizers:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {
+            i: {key: laid_out(tensor, weight) for key, tensor in moments[named[weight]].items()}
+            for i, weight in enumerate(weights)
+            if named[weight] in moments
+        }
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return said["step"]
 
 
@@ -93,7 +103,7 @@ def take_weights(networks: nn.Module, tensors: Mapping[str, Tensor], path: str |
         weight.copy_(tensors[name])
 
 
-def _moments(networks: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _moments(networks: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for name, parameter in networks.named_parameters():
         if parameter in optimizer.state:
             yield name, optimizer.state[parameter]
