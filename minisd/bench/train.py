@@ -216,11 +216,7 @@ def _measure(case: Training, programs: Mapping[str, Program], folder: Path, opti
 def _hold_together(
     found: Measured, losses: dict[str, np.ndarray], case: Training, programs: Mapping[str, Program], folder: Path
 ) -> None:
-    """Every contender's losses against the judge's in float32.
-
-    In bfloat16 two numbers are too few to ask for "no further from them than the judge's own": its distance may be
-    next to nothing by chance. What a single rounding to bfloat16 may cost is allowed as well.
-    """
+    """Every contender's losses against the judge's in float32."""
     reference = judge(CONTENDERS)
     if reference is None:
         return
@@ -238,5 +234,5 @@ def _hold_together(
     for each, loss in losses.items():
         found.results[each].distance = distance(loss, expected)
     judged = found.results[name].distance if name else None
-    allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and max(NO_FURTHER * judged, 2**-8)
+    allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and NO_FURTHER * judged
     found.results["minisd"].allowed = allowed

@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         m ← μ·m + (1-μ)·g,   u = μ·m + (1-μ)·g   (Nesterov),   w ← (1 - lr·decay)·w - lr·√max(1, rows/columns)·orth(u)
 
     A kernel 'o i h w' counts as the matrix 'o (i h w)'. Directions in which the gradient is weak move as far as the
-    strong ones, for one more product of small matrices: a few steps of a small model do what AdamW takes many for.
+    strong ones. It costs some products of small matrices per weight and step, whatever the batch.
 
     half: orthogonalise in bfloat16, which suffices where the hardware is quicker at it.
     """
