@@ -59,9 +59,8 @@ def inpaint(
     shape = sd.latent_shape(*picture.shape[-2:])
     posterior = masked = None
     if sees_mask:
-        masked = encode_picture(
-            sd.bring(sd.vae), torch.where(hole, 0.0, picture), settings.tile
-        )  # 0 is grey, as in training
+        grey = torch.where(hole, 0.0, picture)  # as in training
+        masked = encode_picture(sd.bring(sd.vae), grey, settings.tile)
     if strength < 1 or not sees_mask:
         posterior = encode_picture(sd.bring(sd.vae), picture, settings.tile)
 
