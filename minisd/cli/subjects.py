@@ -45,12 +45,12 @@ def eval_subjects(
     from minisd.images import load_image
     from minisd.record.files import write_whole
     from minisd.training.comparison import Comparison, compare, contact_sheet, table
-    from minisd.training.mini import has_amx
+    from minisd.training.mini import has_bfloat16
     from minisd.training.options import Run
     from minisd.training.photos import photo_paths
 
     began, sd = time.monotonic(), model.load_whole()
-    quick = sd.device.type == "cuda" or has_amx()
+    quick = sd.device.type == "cuda" or has_bfloat16()
     plan = Comparison(precision="bfloat16" if quick else "float32", train_steps=train_steps)
     clip = CLIPFeatures.of(sd)
     run = Run(device=model.device, save_every=100, log_every=20, sample_every=0)
