@@ -73,12 +73,14 @@ def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
         clip=CLIPRecipeConfig(
             text=model.text,
             vision=model.vision,
-            loop=LoopConfig(steps=1_100 * more, batch_size=256, lr=1e-3, weight_decay=0.1, ema=0.99, **common),
+            loop=LoopConfig(
+                steps=700 * more, batch_size=256, lr=1e-3, muon=0.015, weight_decay=0.1, ema=0.99, **common
+            ),
             augmentation=varied,
         ),
         unet=LatentDiffusionConfig(
             model=model,
-            loop=LoopConfig(steps=40_000, cycles=2, batch_size=32 * more, lr=1e-3, warmup=500, ema=0.9995, **common),
+            loop=LoopConfig(steps=20_000, batch_size=32 * more, lr=1e-3, muon=0.02, warmup=500, ema=0.9995, **common),
             # min-SNR would leave hardly any weight to the noisiest times, where what the picture shows is decided
             min_snr=None,
         ),
