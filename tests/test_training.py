@@ -169,11 +169,11 @@ def fill_disk_at_state(monkeypatch, number: int) -> None:
 def by_two_processes(tmp_path_factory):
     """A folder in which torchrun trained several recipes, each into a folder of its name."""
     folder = tmp_path_factory.mktemp("two")
-    run_script("train", folder, "ddpm", "unet", "clip", "vae", processes=2)
+    run_script("train", folder, "ddpm", "muon", "unet", "clip", "vae", processes=2)
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["ddpm", "unet", "clip", "vae"])
+@pytest.mark.parametrize("recipe", ["ddpm", "muon", "unet", "clip", "vae"])
 def test_two_processes_give_the_weights_of_one_with_the_same_whole_batch(recipe, by_two_processes, tmp_path):
     train_recipe(recipe, tmp_path)
     assert_same_to_rounding(tensors_of(by_two_processes / recipe), tensors_of(tmp_path))

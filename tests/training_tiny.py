@@ -73,6 +73,8 @@ def train_recipe(name: str, folder: Path, *, accumulate: int = 1, precision: str
     loop = replace(LOOP, accumulate=accumulate, precision=precision)
     if name == "ddpm":
         return train_ddpm(pictures(), folder, replace(DDPM, loop=loop), RUN, group)
+    if name == "muon":
+        return train_ddpm(pictures(), folder, replace(DDPM, loop=replace(loop, muon=0.02)), RUN, group)
     if name == "vae":
         return train_vae(pictures(), folder, replace(MINI.vae, loop=loop), RUN, group)
     if name == "clip":

@@ -76,7 +76,7 @@ def train(
     networks = recipe.networks.to(device).train()
     # as sampling lays them out: moments take the weights' layout, which no sheet may then change under them
     channels_last(networks)
-    optimizers = build_optimizers(networks, config)
+    optimizers = build_optimizers(networks, config, group)
     ema = EMA(networks, config.ema)
     state = folder / "state.safetensors"
     start = load_state(state, networks, optimizers, ema, settings)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from minisd.training.options import LoopConfig
+from minisd.training.parallel import ALONE, Processes
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # drives singular values from (0, 1] to about 1 (0.7 to 1.2) in five rounds
 
 
-def build_optimizers(networks: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(networks: nn.Module, config: LoopConfig, group: Processes = ALONE) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019), which shrinks matrices and kernels only; with config.muon Muon for those.
 
     One of a kind for all networks, rivals too: neither looks at more than one weight at a time, and each weight has the
@@ -26,7 +27,7 @@ def build_optimizers(networks: nn.Module, config: LoopConfig) -> list[torch.opti
     if config.muon is None:
         return [torch.optim.AdamW([shrunk, plain], **adamw)]
     shrunk["relative_lr"] = config.muon / config.lr
-    muon = Muon([shrunk], lr=config.muon, half=config.precision == "bfloat16")
+    muon = Muon([shrunk], lr=config.muon, half=config.precision == "bfloat16", processes=group)
     return [muon, *([torch.optim.AdamW([plain], **adamw)] if others else [])]
 
 
@@ -38,28 +39,47 @@ class Muon(torch.optim.Optimizer):
     A kernel 'o i h w' counts as the matrix 'o (i h w)'. Directions in which the gradient is weak move as far as the
     strong ones. It costs some products of small matrices per weight and step, whatever the batch.
 
-    half: orthogonalise in bfloat16, which suffices where the hardware is quicker at it.
+    half: orthogonalise in bfloat16, which suffices where the hardware is quicker at it. processes: share that work; all
+    must see the same gradients, and all get the same weights.
     """
 
-    def __init__(self, params, lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0, half: bool = False):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        half: bool = False,
+        processes: Processes = ALONE,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = torch.bfloat16 if half else torch.float32
+        self.processes = processes
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            lr, mu = group["lr"], group["momentum"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].lerp_(weight.grad, 1 - mu)
-                update = orthogonalized(weight.grad.lerp(momentum, mu).flatten(1).to(self.dtype))
-                rows, columns = update.shape
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.add_(update.view(weight.shape), alpha=-lr * max(1, rows / columns) ** 0.5)
+        moved = [(w, group) for group in self.param_groups for w in group["params"] if w.grad is not None]
+        moved.sort(key=lambda pair: work(pair[0]), reverse=True)  # dealt out in turn, the shares are about equal
+        updates = []
+        for i, (weight, group) in enumerate(moved):
+            state, mu = self.state[weight], group["momentum"]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            momentum = state["momentum"].lerp_(weight.grad, 1 - mu)
+            update = weight.grad.lerp(momentum, mu).flatten(1).to(self.dtype)
+            mine = i % self.processes.count == self.processes.rank
+            updates.append(orthogonalized(update) if mine else torch.zeros_like(update))
+        self.processes.sum_(updates)
+        for (weight, group), update in zip(moved, updates, strict=True):
+            rows, columns = update.shape
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(update.view(weight.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def work(weight: Tensor) -> int:
+    """What orthogonalising it costs, to a factor."""
+    return weight.numel() * min(len(weight), weight[0].numel())
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

@@ -46,16 +46,20 @@ class Processes:
                 f"use a multiple of {max(self.count * parts, 1)}"
             )
 
-    @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype by their means over all processes, in one message."""
+        """Replace tensors of one dtype by their means over all processes."""
+        self.sum_(tensors, divisor=self.count)
+
+    @torch.no_grad()
+    def sum_(self, tensors: Sequence[Tensor], *, divisor: int = 1) -> None:
+        """Replace tensors of one dtype by their sums over all processes, in one message."""
         if self.count == 1 or not tensors:
             return
         message = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(message)
-        message /= self.count
-        for tensor, mean in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        message /= divisor
+        for tensor, total in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def wait(self) -> None:
         """Until every process has come here: what the first one writes to disk is then there for all."""
