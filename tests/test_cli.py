@@ -594,6 +594,16 @@ def test_every_option_of_a_task_is_there(minisd):
     assert shown == {"PROMPT", "--prompts"} | {"--" + name.replace("_", "-") for name in names}
 
 
+def test_torchrun_takes_no_option_of_a_training_for_the_beginning_of_its_own(minisd):
+    from torch.distributed.run import get_args_parser
+
+    for command in ("mini", "ddpm"):
+        out = minisd("train", command, "--help", model=None)[1]
+        for option in (line.split()[1] for line in out.splitlines() if line.startswith("│ --")):
+            typed = ["-m", "minisd", "train", command, "folder", option, "value"]
+            assert get_args_parser().parse_args(typed).training_script_args[-2:] == [option, "value"]
+
+
 @pytest.mark.parametrize("tokens", [["--help"], ["--version"], ["txt2img", "--help"], ["plot", "trajectory", "--help"]])
 def test_help_is_quick_because_torch_stays_out(tokens):
     code = (

@@ -130,6 +130,14 @@ def test_the_vae_learns_to_reconstruct_and_measures_its_scale(tmp_path):
     assert vae.config.scale_factor != 1
 
 
+def test_an_autoencoder_begins_with_its_skips_alone():
+    blocks = [module for module in VAERecipe(pictures(), MINI.vae).vae.modules() if isinstance(module, ResBlock)]
+    assert len(blocks) == 9
+    for block in blocks:
+        x = torch.randn(1, block.conv1.in_channels, 4, 4, generator=torch.Generator().manual_seed(0))
+        assert torch.allclose(block(x), block.skip(x) + block.conv2.bias[:, None, None])
+
+
 def test_the_scale_is_one_over_the_deviation_of_sampled_latents():
     with seeded("test"):
         vae = VAE(replace(MODEL.vae, scale_factor=1.0))

@@ -70,7 +70,7 @@ EXAMPLES = {
     "train mini": [
         "minisd train mini emoji",
         "minisd train mini emoji --set unet.loop.steps=1000 unet.model.prediction=eps --out quick",
-        "minisd train mini my-drawings --start weights/mini.safetensors",
+        "minisd train mini my-drawings --start-from weights/mini.safetensors",
         "torchrun --nproc-per-node 2 -m minisd train mini emoji",
     ],
     "eval subjects": ["minisd eval subjects duck violin", "minisd eval subjects --all", "minisd eval subjects"],

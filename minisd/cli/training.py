@@ -19,7 +19,7 @@ def train_mini(
     folder: Path,
     *,
     out: Path = Path("mini"),
-    start: Annotated[list[Path], Parameter(negative=(), consume_multiple=True)] = (),
+    start_from: Annotated[list[Path], Parameter(negative=(), consume_multiple=True)] = (),
     config: Path | None = None,
     settings: Settings = (),
     run: Carried = RUN,
@@ -29,8 +29,8 @@ def train_mini(
     Args:
         folder: pictures with captions: the data set of scripts/build_emoji.py, or pictures with .txt files beside them.
         out: gets the states, logs, curves and sample sheets of each part, then mini.safetensors and mini.json.
-        start: a file with networks to start from, such as mini.safetensors or the vae/vae.safetensors of another
-            training: its VAE and CLIP are taken as they are, its U-Net learns on. Several may follow.
+        start_from: a file with networks, such as mini.safetensors or the vae/vae.safetensors of another training: its
+            VAE and CLIP are taken as they are, its U-Net learns on. Several may follow.
         config: a JSON file of what differs from the plan, such as the mini.json of another training.
         settings: FIELD=VALUE, a change of its own: unet.loop.steps=1000, vae.vae.channels=32 … Several may follow.
     """
@@ -40,8 +40,8 @@ def train_mini(
 
     check(folder, out, run)
     plan = changed(mini_config(gpu=run.device.startswith("cuda")), read_changes(config, settings))
-    if start:
-        plan = replace(plan, start=tuple(map(str, start)))
+    if start_from:
+        plan = replace(plan, start=tuple(map(str, start_from)))
     pictures = load_pictures(folder, size=plan.unet.model.image_size)
     with processes(run.device) as group:
         train_mini(pictures, out, plan, run, group)
