@@ -120,12 +120,13 @@ def draw_curves(lines: Sequence[Mapping[str, float]], path: Path) -> None:
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure((4 * columns, 2.5 * rows), dpi=100, layout="constrained")
-    for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, i + 1)
         points = [(line["step"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points, strict=True), linewidth=1)
         axes.set_title(name, loc="left", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
         if name in ("loss", "gradient") and min(value for _, value in points) > 0:
             axes.set_yscale("log")
     write_whole(path, lambda file: figure.savefig(file, format="png"))
