@@ -52,7 +52,7 @@ class MiniConfig:
 
 
 def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
-    """The plan of the mini model: some hours of two CPU cores, or eight times as many examples on a large GPU.
+    """The plan of the mini model: some hours of two CPU cores, or eight times as many examples on a GPU.
 
     bfloat16 is taken where a CPU has instructions for it and so is quicker in it, float32 on others.
     """
@@ -80,7 +80,7 @@ def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
         ),
         unet=LatentDiffusionConfig(
             model=model,
-            loop=LoopConfig(steps=20_000, batch_size=32 * more, lr=1e-3, muon=0.02, warmup=500, ema=0.9995, **common),
+            loop=LoopConfig(steps=9_000, batch_size=32 * more, lr=1e-3, muon=0.015, warmup=500, ema=0.999, **common),
             # min-SNR would leave hardly any weight to the noisiest times, where what the picture shows is decided
             min_snr=None,
         ),
