@@ -335,7 +335,7 @@ def mini_model() -> Path:
     for folder in (package / "weights", package.parent / "weights"):
         if (found := folder / "mini.safetensors").is_file():
             return found
-    raise ValueError("the mini model has not been trained yet: give the path of a checkpoint (see weights/README.md)")
+    raise ValueError("weights/mini.safetensors is missing: give the path of a checkpoint (see weights/README.md)")
 
 
 def build_schedule(config: ScheduleConfig) -> Schedule:

@@ -594,12 +594,14 @@ def test_every_option_of_a_task_is_there(minisd):
     assert shown == {"PROMPT", "--prompts"} | {"--" + name.replace("_", "-") for name in names}
 
 
-def test_torchrun_takes_no_option_of_a_training_for_the_beginning_of_its_own(minisd):
+def test_torchrun_refuses_no_option_of_a_training(minisd):
     from torch.distributed.run import get_args_parser
 
-    for command in ("mini", "ddpm"):
+    for command in ("mini", "ddpm", "lora", "dreambooth", "textual-inversion"):
         out = minisd("train", command, "--help", model=None)[1]
-        for option in (line.split()[1] for line in out.splitlines() if line.startswith("│ --")):
+        options = [line.split()[1] for line in out.splitlines() if line.startswith("│ --")]
+        assert "--out" in options
+        for option in options:  # one that could be the beginning of torchrun's own
             typed = ["-m", "minisd", "train", command, "folder", option, "value"]
             assert get_args_parser().parse_args(typed).training_script_args[-2:] == [option, "value"]
 

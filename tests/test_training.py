@@ -169,7 +169,7 @@ def fill_disk_at_state(monkeypatch, number: int) -> None:
 def by_two_processes(tmp_path_factory):
     """A folder in which torchrun trained several recipes, each into a folder of its name."""
     folder = tmp_path_factory.mktemp("two")
-    run_script("train", folder, "ddpm", "muon", "unet", "clip", "vae", processes=2)
+    run_script("train", folder, "ddpm", "muon", "muon-steps", "unet", "clip", "vae", processes=2)
     return folder
 
 
@@ -177,6 +177,11 @@ def by_two_processes(tmp_path_factory):
 def test_two_processes_give_the_weights_of_one_with_the_same_whole_batch(recipe, by_two_processes, tmp_path):
     train_recipe(recipe, tmp_path)
     assert_same_to_rounding(tensors_of(by_two_processes / recipe), tensors_of(tmp_path))
+
+
+def test_two_processes_that_share_muons_work_get_the_bits_of_one(by_two_processes, tmp_path):
+    train_recipe("muon-steps", tmp_path)
+    assert bits_of(by_two_processes / "muon-steps") == bits_of(tmp_path)
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(finished, tmp_path):

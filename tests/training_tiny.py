@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minisd.checkpoints.files import save_safetensors
 from minisd.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from minisd.training.clip import CLIPRecipeConfig, train_clip
 from minisd.training.data import Augmentation, Pictures
 from minisd.training.ddpm import DDPMConfig, DDPMRecipe, train_ddpm
 from minisd.training.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
 from minisd.training.mini import MiniConfig
+from minisd.training.optimizers import Muon
 from minisd.training.options import LoopConfig, Run
 from minisd.training.parallel import ALONE, processes
 from minisd.training.vae import VAERecipeConfig, train_vae
@@ -75,6 +77,8 @@ def train_recipe(name: str, folder: Path, *, accumulate: int = 1, precision: str
         return train_ddpm(pictures(), folder, replace(DDPM, loop=loop), RUN, group)
     if name == "muon":
         return train_ddpm(pictures(), folder, replace(DDPM, loop=replace(loop, muon=0.02)), RUN, group)
+    if name == "muon-steps":
+        return muon_steps(folder, group)
     if name == "vae":
         return train_vae(pictures(), folder, replace(MINI.vae, loop=loop), RUN, group)
     if name == "clip":
@@ -82,6 +86,21 @@ def train_recipe(name: str, folder: Path, *, accumulate: int = 1, precision: str
     vae, text = frozen_networks()
     config = replace(MINI.unet, loop=loop, model=replace(MODEL, vae=vae.config, text=text.config))
     return train_latent_diffusion(pictures(), vae, text, folder, config, RUN, group)
+
+
+def muon_steps(folder: Path, group) -> None:
+    """The weights that three steps in bfloat16 with given gradients lead to, as a state of theirs."""
+    draws = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (24, 8), (8, 4, 3, 3), (16, 8, 1, 1), (5, 40)]
+    weights = {str(i): torch.nn.Parameter(torch.randn(shape, generator=draws)) for i, shape in enumerate(shapes)}
+    optimizer = Muon(weights.values(), lr=0.02, weight_decay=0.1, half=True, processes=group)
+    for _ in range(3):
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=draws)
+        optimizer.step()
+    if group.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_safetensors(folder / "state.safetensors", {name: w.detach() for name, w in weights.items()}, {})
 
 
 def frozen_networks():

@@ -11,11 +11,14 @@ from minisd.training.parallel import ALONE, Processes
 QUINTIC = (3.4445, -4.7750, 2.0315)  # drives singular values from (0, 1] to about 1 (0.7 to 1.2) in five rounds
 
 
-def build_optimizers(networks: nn.Module, config: LoopConfig, group: Processes = ALONE) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    networks: nn.Module, config: LoopConfig, processes: Processes = ALONE
+) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019), which shrinks matrices and kernels only; with config.muon Muon for those.
 
     One of a kind for all networks, rivals too: neither looks at more than one weight at a time, and each weight has the
-    gradient of its own loss. A group's learning rate is that of the step times its "relative_lr".
+    gradient of its own loss. A group's learning rate is that of the step times its "relative_lr". processes: all that
+    train these networks, for whom gradients are averaged before a step.
     """
     tables = {id(m.weight) for m in networks.modules() if isinstance(m, nn.Embedding)}
     learnt = [p for p in networks.parameters() if p.requires_grad]
@@ -27,7 +30,7 @@ def build_optimizers(networks: nn.Module, config: LoopConfig, group: Processes =
     if config.muon is None:
         return [torch.optim.AdamW([shrunk, plain], **adamw)]
     shrunk["relative_lr"] = config.muon / config.lr
-    muon = Muon([shrunk], lr=config.muon, half=config.precision == "bfloat16", processes=group)
+    muon = Muon([shrunk], lr=config.muon, half=config.precision == "bfloat16", processes=processes)
     return [muon, *([torch.optim.AdamW([plain], **adamw)] if others else [])]
 
 
@@ -40,7 +43,7 @@ class Muon(torch.optim.Optimizer):
     strong ones. It costs some products of small matrices per weight and step, whatever the batch.
 
     half: orthogonalise in bfloat16, which suffices where the hardware is quicker at it. processes: share that work; all
-    must see the same gradients, and all get the same weights.
+    must see the same gradients, and all get the same weights. A step holds the updates of all weights at once.
     """
 
     def __init__(

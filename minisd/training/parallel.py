@@ -4,6 +4,7 @@ Every process computes its rows of the batch, then the gradients are averaged. T
 weights start equal, and equal steps keep them equal. PyTorch's DistributedDataParallel also sends early gradients while
 later ones are computed, which pays for networks a hundred times as large; for these one message after the backward pass
 is as quick, takes part in the loop where one can see it, and knows nothing of micro-batches or of two players' losses.
+Muon, whose steps are dear, shares them out and sends a second one.
 """
 
 from __future__ import annotations
@@ -46,18 +47,21 @@ class Processes:
                 f"use a multiple of {max(self.count * parts, 1)}"
             )
 
+    @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype by their means over all processes."""
-        self.sum_(tensors, divisor=self.count)
+        self.sum_(tensors)
+        if self.count > 1:
+            for tensor in tensors:
+                tensor /= self.count
 
     @torch.no_grad()
-    def sum_(self, tensors: Sequence[Tensor], *, divisor: int = 1) -> None:
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype by their sums over all processes, in one message."""
         if self.count == 1 or not tensors:
             return
         message = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(message)
-        message /= divisor
         for tensor, total in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 

@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from minisd.config import VAEConfig
 from minisd.images import grid, to_pil
+from minisd.models.unet import zero_residual_branches
 from minisd.models.vae import VAE
-from minisd.nn.blocks import ResBlock
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
 from minisd.training.loop import train
@@ -92,9 +92,7 @@ class VAERecipe:
             nn.init.constant_(self.vae.quant_conv.bias[config.vae.latent_channels :], INITIAL_LOGVAR)
             # nearly linear at first, so that it learns what varies most, colours among it, before anything else:
             # from random branches a hue can take thousands of steps to be found
-            for block in self.vae.modules():
-                if isinstance(block, ResBlock):
-                    nn.init.zeros_(block.conv2.weight)
+            zero_residual_branches(self.vae)
             self.networks = nn.ModuleDict({"vae": self.vae})
             if config.gan_weight:
                 self.networks["discriminator"] = PatchDiscriminator(config.gan_channels, config.gan_layers)
