@@ -56,7 +56,7 @@ EXAMPLES = {
         'minisd txt2img "a red apple" "a blue vase" --num-images 4 --grid sheet.png',
         "minisd txt2img --prompts prompts.txt --checkpoint sd-v1-5.ckpt --weights ema",
         'minisd txt2img "a red apple" --sampler dpmpp_2m --spacing karras --steps 20',
-        'minisd txt2img "a <cat-toy> on a beach" --embedding cat-toy.pt --checkpoint sd-v1-5.ckpt',
+        'minisd txt2img "a <cat-toy>" --embedding cat-toy.pt --lora style.safetensors:0.8 --checkpoint sd-v1-5.ckpt',
     ],
     "img2img": ['minisd img2img "an oil painting of a harbour" harbour.jpg --strength 0.6'],
     "inpaint": ['minisd inpaint "a cat" sofa.png mask.png --checkpoint sd-v1-5-inpainting.ckpt'],

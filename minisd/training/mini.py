@@ -52,7 +52,7 @@ class MiniConfig:
 
 
 def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
-    """The plan of the mini model: some hours of two CPU cores, or eight times as many examples on a GPU.
+    """The plan of the mini model: two hours of two quick CPU cores, or eight times as many examples on a GPU.
 
     In bfloat16 on a GPU and on CPUs that are quicker in it, else in float32.
     """

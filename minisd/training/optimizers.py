@@ -70,9 +70,10 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(weight)
             momentum = state["momentum"].lerp_(weight.grad, 1 - mu)
-            update = weight.grad.lerp(momentum, mu).flatten(1).to(self.dtype)
-            mine = i % self.processes.count == self.processes.rank
-            updates.append(orthogonalized(update) if mine else torch.zeros_like(update))
+            if i % self.processes.count == self.processes.rank:
+                updates.append(orthogonalized(weight.grad.lerp(momentum, mu).flatten(1).to(self.dtype)))
+            else:
+                updates.append(weight.new_zeros(len(weight), weight[0].numel(), dtype=self.dtype))
         self.processes.sum_(updates)
         for (weight, group), update in zip(moved, updates, strict=True):
             rows, columns = update.shape
