@@ -1,6 +1,7 @@
 """softmax(q kᵀ · scale) v: every implementation is the formula."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from einops import rearrange
 
 from minisd import attention, kernels
 from minisd.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
+from minisd.kernels.choice import choose
 from minisd.models.attention_maps import attention_weights
 
 EVERYWHERE = [
@@ -51,7 +53,7 @@ def test_every_attention_impl_agrees(impl, dtype, n, m, i, d, causal, scale):
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("impl", EVERYWHERE)
+@pytest.mark.parametrize("impl", [name for name in EVERYWHERE if name != "blocked"])
 def test_every_attention_impl_has_the_right_gradients(impl):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 5, generator=g, dtype=torch.float64, requires_grad=True) for n in (4, 6, 6))
@@ -93,10 +95,73 @@ def test_scores_near_minus_200_do_not_vanish(impl):
     torch.testing.assert_close(attention(q, k, v, impl=impl).double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+def test_blocks_of_queries_make_the_same_whole(dtype, causal, rows, monkeypatch):
+    g = torch.Generator().manual_seed(rows)
+    q, k, v = (torch.randn(2, 16, 3, 8, generator=g).to(dtype) for _ in range(3))
+    monkeypatch.setattr(sys.modules["minisd.kernels.attention"], "BLOCK", rows * 16)
+    out = attention(q, k, v, causal=causal, impl="blocked")
+    expected = by_hand(q, k, v, causal, 8**-0.5)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_blocks_keep_their_scores_in_float32():
+    """Scores near 100 in bfloat16 are off by up to 0.25, and weights by a quarter."""
+    g = torch.Generator().manual_seed(6)
+    q = torch.full((1, 64, 1, 4), 10.0).bfloat16()
+    k = (10 + torch.rand(1, 64, 1, 4, generator=g) / 4).bfloat16()
+    v = torch.randn(1, 64, 1, 4, generator=g).bfloat16()
+    out = attention(q, k, v, scale=0.25, impl="blocked")
+    assert (out.double() - by_hand(q, k, v, False, 0.25)).abs().max() < 2**-8
+
+
+def test_blocks_leave_the_precision_of_other_products_as_it_was():
+    wide, tall = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(8))
+    before = wide @ tall
+    q = torch.ones(1, 4, 1, 4, dtype=torch.bfloat16)
+    attention(q, q, q, impl="blocked")
+    with pytest.raises(RuntimeError):
+        attention(q, q, q.to("meta"), impl="blocked")
+    assert torch.equal(wide @ tall, before)
+
+
+def test_blocks_refuse_to_be_trained():
+    q = torch.ones(1, 2, 1, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="attention's impl 'blocked' has no gradient"):
+        attention(q, q, q, impl="blocked")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "threads", "tokens", "dtype", "causal", "picked"),
+    [
+        ({"avx512_bf16"}, 2, 1024, torch.bfloat16, False, "blocked"),
+        ({"avx512_bf16"}, 2, 1024, torch.float32, False, "sdpa"),
+        ({"avx512_bf16"}, 2, 1024, torch.bfloat16, True, "sdpa"),
+        ({"avx512_bf16"}, 2, 77, torch.bfloat16, False, "sdpa"),
+        ({"avx512_bf16"}, 32, 1024, torch.bfloat16, False, "sdpa"),
+        ({"avx512_bf16", "amx_tile"}, 2, 1024, torch.bfloat16, False, "sdpa"),
+        (set(), 2, 1024, torch.bfloat16, False, "sdpa"),
+    ],
+)
+def test_auto_takes_blocks_only_where_they_were_measured_to_win(
+    cpu, threads, tokens, dtype, causal, picked, monkeypatch
+):
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=name in cpu: has, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
+    q, k = (torch.empty(1, n, 1, 8, dtype=dtype) for n in (1024, tokens))
+    assert choose(q, k, k, causal, 1.0) == picked
+    if dtype == torch.bfloat16:
+        assert choose(q.requires_grad_(), k, k, causal, 1.0) == "sdpa32"
+
+
 def test_an_unknown_impl_is_refused_with_the_known_ones():
     q = torch.zeros(1, 2, 1, 4)
     with pytest.raises(
-        ValueError, match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, sdpa32, fused, hopper"
+        ValueError, match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, sdpa32, blocked, fused, hopper"
     ):
         attention(q, q, q, impl="flash")
 

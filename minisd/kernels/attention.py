@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,6 +12,9 @@ from torch import Tensor
 
 from minisd.kernels.choice import choose
 from minisd.kernels.fused import fused_attention
+
+
+BLOCK = 2**21  # scores at a time: 8 MB in float32; half or twice as many took 5 to 15 % longer
 
 
 def attention(
@@ -19,9 +25,9 @@ def attention(
     q: 'b n i d'; k, v: 'b m i d', all of one floating dtype, which is the result's too. Returns 'b n i d'. Scores and
     softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
     impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, and "hopper", with a forward for
-    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask. "auto" is PyTorch's own, except where another
-    was measured to be quicker (choice.py). ValueError for an unknown impl, shapes that do not fit, and
-    where these cannot run.
+    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask; "blocked" has no gradient. "auto" is PyTorch's
+    own, except where another was measured to be quicker (choice.py). ValueError for an unknown impl, shapes that do
+    not fit, and where these cannot run.
     """
     check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -84,6 +90,51 @@ def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
         return _sdpa(q.to(wide), k.to(wide), v.to(wide), causal, scale).to(q.dtype)
 
 
+def _blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """The three operations of _matmul on as many queries of one head as keep their scores in a CPU's cache.
+
+    In bfloat16 every product runs at the speed of large matrices. Scores and softmax are float32 nevertheless.
+    """
+    if _needs_gradient(q, k, v):
+        raise ValueError("attention's impl 'blocked' has no gradient: use 'auto', or torch.no_grad()")
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    (images, n, heads, _), m = q.shape, k.shape[1]
+    block = max(1, min(n, BLOCK // m))
+    out = torch.empty_like(q)
+    all_scores = q.new_empty(block, m, dtype=accumulate)  # written again and again, and so is the next: no new pages
+    all_weights = all_scores if accumulate == v.dtype else v.new_empty(block, m)
+    with torch.autocast(q.device.type, enabled=False), _bfloat16_products(q.dtype == torch.bfloat16):
+        for image in range(images):
+            for head in range(heads):
+                queries, keys = (x[image, :, head].to(accumulate) for x in (q, k))
+                values = v[image, :, head].contiguous()
+                for start, rows in zip(range(0, n, block), queries.split(block), strict=True):
+                    scores, weights = all_scores[: len(rows)], all_weights[: len(rows)]
+                    torch.addmm(scores, rows, keys.mT, beta=0, alpha=scale, out=scores)
+                    if causal:
+                        scores.masked_fill_(_future(scores, start), float("-inf"))
+                    torch.softmax(scores, -1, out=scores)
+                    out[image, start : start + block, head] = weights.copy_(scores) @ values
+    return out
+
+
+@contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """A CPU's products of float32 matrices take bfloat16 factors, with sums in float32: exact where they are bfloat16.
+
+    PyTorch's products of bfloat16 tensors themselves would round the sums. This is a setting of the whole process.
+    """
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    if not wanted or settings is None:
+        yield
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """This package's CUDA kernels (attention.cu)."""
     return fused_attention(q, k, v, causal, scale)[0]
@@ -94,8 +145,9 @@ def _hopper(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
     return fused_attention(q, k, v, causal, scale, hopper=True)[0]
 
 
-def _future(scores: Tensor) -> Tensor:
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+def _future(scores: Tensor, first: int = 0) -> Tensor:
+    """Which keys come after their query, where the first row is query number `first`."""
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1 + first)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
@@ -107,6 +159,7 @@ IMPLEMENTATIONS = {
     "matmul": _matmul,
     "sdpa": _sdpa,
     "sdpa32": _sdpa32,
+    "blocked": _blocked,
     "fused": _fused,
     "hopper": _hopper,
 }
