@@ -28,7 +28,7 @@ from minisd.diffusion.spacing import karras_sigmas, timesteps
 from minisd.models.controlnet import ControlNet
 from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
-from minisd.nn.blocks import channels_last
+from minisd.nn.tuning import tune
 from minisd.prompts import encode_prompts
 from minisd.tasks.cuda_graph import Graphed
 from minisd.tasks.nonfinite import nonfinite_error
@@ -142,7 +142,7 @@ class StableDiffusion:
 
     def guided_model(self, cond: Conditioning, uncond: Conditioning | None, settings: Settings) -> Model:
         """The U-Net as a sampler's model (x_t, t): guided, and ε, v or x_0 told apart."""
-        channels_last(self.unet)
+        tune(self.unet)
         if self.cuda_graph and self.offload:
             raise ValueError("a CUDA graph holds the addresses of weights, which offload changes: choose one of them")
         network = guided(

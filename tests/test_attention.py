@@ -161,7 +161,8 @@ def test_auto_takes_blocks_only_where_they_were_measured_to_win(
 def test_an_unknown_impl_is_refused_with_the_known_ones():
     q = torch.zeros(1, 2, 1, 4)
     with pytest.raises(
-        ValueError, match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, sdpa32, blocked, fused, hopper"
+        ValueError,
+        match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, sdpa32, blocked, fused, hopper",
     ):
         attention(q, q, q, impl="flash")
 

@@ -1,6 +1,10 @@
 """The quick forms of layers are the plain ones."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +12,9 @@ import torch.nn.functional as F
 from lively import lively
 
 from minisd.models.unet import Conditioning
-from minisd.nn.blocks import Conv3x3, channels_last, conv3x3_as_product
+from minisd.nn.blocks import Conv3x3, conv3x3_as_product
+from minisd.nn.transformer import TOKENS, FeedForward
+from minisd.nn.tuning import channels_last
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -60,3 +66,34 @@ def test_a_model_that_has_drawn_is_saved_as_it_was(tmp_path):
     sd.save(tmp_path / "after.safetensors")
     assert (tmp_path / "before.safetensors").read_bytes() == (tmp_path / "after.safetensors").read_bytes()
     assert load(tmp_path / "after.safetensors", config=sd.config).txt2img("a dog", steps=1)
+
+
+@pytest.mark.parametrize("shape", [(2, TOKENS, 8), (3, TOKENS // 2 + 1, 8), (1, 1, 8)])
+def test_a_feed_forward_takes_its_tokens_in_parts_where_nothing_is_learnt(shape):
+    torch.manual_seed(0)
+    layer, x = FeedForward(8).double(), torch.randn(shape, dtype=torch.float64)
+    whole = layer(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0], reason="another allocator")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_memory_that_a_layer_frees_is_kept_for_the_next_unless_the_user_set_malloc(environment, kept):
+    """Seen by the new pages that the system hands out for a second tensor of the size of one that was freed."""
+    program = """
+import resource, torch
+from minisd.nn.tuning import tune
+tune(torch.nn.Linear(1, 1))
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=own | environment, text=True, capture_output=True, check=True
+    )
+    assert (int(run.stdout) < 16) == kept  # of 16,384, or 32 where the system hands out large ones

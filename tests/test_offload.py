@@ -12,7 +12,7 @@ import minisd
 from minisd.checkpoints.lora import Lora, LowRank, save_lora
 from minisd.cli import main
 from minisd.config import Settings
-from minisd.nn.blocks import channels_last
+from minisd.nn.tuning import channels_last
 from minisd.tasks import memory, txt2img
 from minisd.tasks.offload import Offload
 from minisd.training.subject import with_networks

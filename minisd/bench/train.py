@@ -84,7 +84,7 @@ def start_alike(first_matrices: Iterable[Tensor]) -> None:
 
 # A contender: from the folder with the weights, and what to learn, to the function that is measured.
 def minisd(folder: Path, case: Training) -> Run:
-    from minisd.nn.blocks import channels_last
+    from minisd.nn.tuning import tune
     from minisd.pipeline import load
     from minisd.training import dreambooth, lora, textual_inversion
     from minisd.training.optimizers import build_optimizers
@@ -110,7 +110,7 @@ def minisd(folder: Path, case: Training) -> Run:
             config = textual_inversion.TextualInversionConfig(subject, loop=loop)
             recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(place), config)
     networks = recipe.networks.train()
-    channels_last(networks)
+    tune(networks)
     optimizers = build_optimizers(networks, loop)
     x_0, noise = case.latents_and_noise()
     first = torch.zeros(case.batch, dtype=torch.long, device=case.device)

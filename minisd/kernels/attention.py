@@ -13,7 +13,6 @@ from torch import Tensor
 from minisd.kernels.choice import choose
 from minisd.kernels.fused import fused_attention
 
-
 BLOCK = 2**21  # scores at a time: 8 MB in float32; half or twice as many took 5 to 15 % longer
 
 

@@ -20,7 +20,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
 
     On a CPU PyTorch's backward in bfloat16 took 1.2 to 3.6 times as long as in float32 at the shapes of the mini model
     (2 cores with AMX, torch 2.14), so that training in half precision takes "sdpa32" there. Its forward in bfloat16
-    took 1.9 times as long as "blocked" at 4096 tokens of width 40, and 1.8 times at 1024 of width 80, by 2 cores with
+    took 1.9 times as long as "blocked" at 4096 tokens of width 40, and 1.8 times at 576 of width 64, by 2 cores with
     AVX-512-BF16; with AMX it is quick.
     """
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -28,7 +28,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     if q.device.type == "cpu":
         if training:
             return "sdpa32" if q.dtype.itemsize == 2 else "sdpa"
-        large = q.dtype == torch.bfloat16 and not causal and min(n, m) >= 1024
+        large = q.dtype == torch.bfloat16 and not causal and min(n, m) >= 512
         return "blocked" if large and blocks_are_quick() and not torch.compiler.is_compiling() else "sdpa"
     if q.device.type != "cuda" or causal:
         return "sdpa"
@@ -39,9 +39,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
 
 def blocks_are_quick() -> bool:
     """Whether this CPU is like the one where "blocked" won: AVX-512-BF16 without AMX, and few threads."""
-    has = {
-        name: getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")
-    }
+    has = {name: getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")}
     return (
         has["avx512_bf16"]
         and not has["amx_tile"]

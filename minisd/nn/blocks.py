@@ -88,18 +88,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-@torch.no_grad()
-def channels_last(network: nn.Module) -> None:
-    """Lay the convolutions' weights out as 'o h w c' in memory where they are on a CPU: twice as quick there, or more.
-
-    Names, shapes and values stay; a second call does nothing. The outputs of such convolutions are laid out alike, and
-    pixels become tokens without a copy.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.weight.device.type == "cpu":
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-
-
 def timestep_embedding(t: Tensor, width: int, *, max_period: float = 10000.0) -> Tensor:
     """Sinusoids of t, cosines first, then sines: cos(t·p^(-i/half)), i < half = width/2 (Ho et al. 2020, appendix B).
 

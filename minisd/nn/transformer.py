@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.nn.attention import Attention
+
+TOKENS = 1024
 
 
 class SpatialTransformer(nn.Module):
@@ -89,6 +92,13 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(mult * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """'b n c' → 'b n c'."""
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.gated(x)
+        # so many tokens at a time that the eight times wider ones stay in a CPU's cache: up to twice as quick
+        return torch.cat([self.gated(tokens) for tokens in x.flatten(0, -2).split(TOKENS)]).view_as(x)
+
+    def gated(self, x: Tensor) -> Tensor:
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
 

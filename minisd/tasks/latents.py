@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minisd.models.tiling import tiled_decode, tiled_encode
 from minisd.models.vae import VAE, DiagonalGaussian
-from minisd.nn.blocks import channels_last
+from minisd.nn.tuning import tune
 from minisd.tasks.nonfinite import nonfinite_error
 
 TILE_ABOVE = 768 * 768  # pixels; the untiled decoder needs 3 kB of memory for each in float32
@@ -55,7 +55,7 @@ def decoded(vae: VAE, latents: Tensor, tile: int | None) -> Tensor:
 @torch.no_grad()
 def _finite(vae: VAE, run: Callable[[VAE], Tensor], again: Callable[[VAE], None], name: str) -> Tensor:
     """run(vae), of a copy in float32 where half precision fails; the layer is named where that fails too."""
-    channels_last(vae)
+    tune(vae)
     result = run(vae)
     dtype = vae.quant_conv.weight.dtype
     if not result.isfinite().all() and dtype in (torch.float16, torch.bfloat16):

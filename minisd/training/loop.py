@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minisd.nn.blocks import channels_last
+from minisd.nn.tuning import tune
 from minisd.record.files import write_whole
 from minisd.tasks.nonfinite import first_nonfinite_layer
 from minisd.training.draws import Draws, examples
@@ -75,7 +75,7 @@ def train(
     group.check(config.batch_size, config.accumulate)
     networks = recipe.networks.to(device).train()
     # as sampling lays them out: moments take the weights' layout, which no sheet may then change under them
-    channels_last(networks)
+    tune(networks)
     optimizers = build_optimizers(networks, config, group)
     ema = EMA(networks, config.ema)
     state = folder / "state.safetensors"
