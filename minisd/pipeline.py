@@ -142,7 +142,7 @@ class StableDiffusion:
 
     def guided_model(self, cond: Conditioning, uncond: Conditioning | None, settings: Settings) -> Model:
         """The U-Net as a sampler's model (x_t, t): guided, and ε, v or x_0 told apart."""
-        tune(self.unet)
+        tune(self.unet, self.device)
         if self.cuda_graph and self.offload:
             raise ValueError("a CUDA graph holds the addresses of weights, which offload changes: choose one of them")
         network = guided(

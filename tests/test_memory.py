@@ -65,7 +65,7 @@ def test_guidance_batch_and_precision_count():
         return memory.needs(only(txt2img(sd, "a", num_images=settings.batch_size, settings=settings))).step
 
     assert step() == pytest.approx(2 * step(guidance_scale=1), rel=0.02)
-    assert step(batch_size=3) == pytest.approx(3 * step(), rel=0.02)
+    assert 2 * step() < step(batch_size=3) < 3 * step()  # what feed-forward layers hold does not grow any more
     half = lively("SD1")
     half.unet.bfloat16()
     assert step(half) == pytest.approx(step() / 2, rel=0.1)

@@ -110,7 +110,7 @@ def minisd(folder: Path, case: Training) -> Run:
             config = textual_inversion.TextualInversionConfig(subject, loop=loop)
             recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(place), config)
     networks = recipe.networks.train()
-    tune(networks)
+    tune(networks, torch.device(case.device))
     optimizers = build_optimizers(networks, loop)
     x_0, noise = case.latents_and_noise()
     first = torch.zeros(case.batch, dtype=torch.long, device=case.device)

@@ -57,7 +57,7 @@ class Step:
 
 def minisd(folder: Path, step: Step) -> Run:
     unet = load_network(folder, "unet", cast=lambda _: step.torch_dtype, device=step.device)
-    tune(unet)  # as every task does before its first step
+    tune(unet, torch.device(step.device))  # as every task does before its first step
     x_t, t, context = step.inputs()
     cond = unet.with_keys_values(Conditioning(context))  # once for a whole sampling
     return lambda: unet(x_t, t, cond)

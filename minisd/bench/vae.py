@@ -60,7 +60,7 @@ def _through(vae: VAE, coding: Coding) -> Run:
 
 def minisd(folder: Path, coding: Coding) -> Run:
     vae = load_network(folder, "vae", cast=lambda _: coding.torch_dtype, device=coding.device)
-    tune(vae)  # as every task does before it
+    tune(vae, torch.device(coding.device))  # as every task does before it
     return _through(vae, coding)
 
 

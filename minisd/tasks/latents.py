@@ -55,7 +55,7 @@ def decoded(vae: VAE, latents: Tensor, tile: int | None) -> Tensor:
 @torch.no_grad()
 def _finite(vae: VAE, run: Callable[[VAE], Tensor], again: Callable[[VAE], None], name: str) -> Tensor:
     """run(vae), of a copy in float32 where half precision fails; the layer is named where that fails too."""
-    tune(vae)
+    tune(vae, vae.quant_conv.weight.device)
     result = run(vae)
     dtype = vae.quant_conv.weight.dtype
     if not result.isfinite().all() and dtype in (torch.float16, torch.bfloat16):

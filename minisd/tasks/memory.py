@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from minisd.checkpoints.building import on_meta
 from minisd.models.unet import Conditioning
+from minisd.nn.tuning import in_parts
 from minisd.tasks.latents import decoded
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def needs(sampling: Sampling) -> Needs:
     sd, batch, latents = sampling.sd, sampling.batch, sampling.latents
     context = torch.cat([cond.context for cond in (batch.cond, batch.uncond) if cond is not None]).to("meta")
     unet = on_meta("unet", sd.unet.config).to(sd.dtype)
+    in_parts(unet, sd.device)
     vae = on_meta("vae", sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
     n, channels = context.shape[0], sd.config.unet.in_channels
     x = torch.empty(n, channels, *latents.shape[-2:], dtype=sd.dtype, device="meta")

@@ -75,7 +75,7 @@ def train(
     group.check(config.batch_size, config.accumulate)
     networks = recipe.networks.to(device).train()
     # as sampling lays them out: moments take the weights' layout, which no sheet may then change under them
-    tune(networks)
+    tune(networks, device)
     optimizers = build_optimizers(networks, config, group)
     ema = EMA(networks, config.ema)
     state = folder / "state.safetensors"
