@@ -65,7 +65,7 @@ class UNet(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)
             # an odd side is halved upwards on the way down, so the way up takes the size of the skip it will meet
             x = slot(x, emb, next(contexts), size=skips[-1].shape[-2:] if skips else None)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
     def slots(self) -> Iterator[Slot]:
         """All slots in the order in which forward runs them."""

@@ -101,7 +101,7 @@ class Encoder(nn.Module):
                 x = block(x)
             if down.downsample is not None:
                 x = down.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if up.upsample is not None:
                 x = up.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
 class Middle(nn.Module):

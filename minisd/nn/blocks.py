@@ -35,10 +35,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x 'b c h w', emb 'b e' → 'b c h w'."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        # in place, where nothing else reads what is overwritten: at large sizes a new tensor costs more than the sum
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.emb is not None:
-            h = h + self.emb(F.silu(emb))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+            h += self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(self.skip(x))
 
 
 class Conv3x3(nn.Conv2d):
