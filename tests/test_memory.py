@@ -40,7 +40,7 @@ def test_a_step_and_the_decoding_take_what_the_allocator_hands_out(tile):
     x = sampling.latents.repeat(2, 1, 1, 1)
     assert needs.step == pytest.approx(handed_out(lambda: SD.unet(x, 0, Conditioning(both))), rel=0.05)
     # real convolutions of few channels take scratch from the same allocator
-    assert needs.decode <= handed_out(lambda: decoded(SD.vae, sampling.latents, tile)) < 2 * needs.decode
+    assert 0.9 < handed_out(lambda: decoded(SD.vae, sampling.latents, tile)) / needs.decode < 1.6
 
 
 def test_what_is_freed_is_counted_no_longer_and_weights_and_views_never():
