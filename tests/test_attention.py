@@ -2,6 +2,8 @@
 
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from einops import rearrange
 
 from minisd import attention, kernels
 from minisd.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
+from minisd.kernels.attention import _bfloat16_products
 from minisd.kernels.choice import choose
 from minisd.models.attention_maps import attention_weights
 
@@ -117,14 +120,49 @@ def test_blocks_keep_their_scores_in_float32():
     assert (out.double() - by_hand(q, k, v, False, 0.25)).abs().max() < 2**-8
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="PyTorch before 2.9 has no such setting")
 def test_blocks_leave_the_precision_of_other_products_as_it_was():
-    wide, tall = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(8))
-    before = wide @ tall
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
     q = torch.ones(1, 4, 1, 4, dtype=torch.bfloat16)
     attention(q, q, q, impl="blocked")
-    with pytest.raises(RuntimeError):
-        attention(q, q, q.to("meta"), impl="blocked")
-    assert torch.equal(wide @ tall, before)
+    with pytest.raises(KeyboardInterrupt), _bfloat16_products.used(True):
+        raise KeyboardInterrupt
+    assert settings.fp32_precision == before
+    with _bfloat16_products.used(True):
+        attention(q, q, q, impl="blocked")
+        assert settings.fp32_precision == "bf16"  # until the last one is done
+    assert settings.fp32_precision == before
+
+
+def test_blocks_in_many_threads_leave_it_as_it_was_too():
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    before = settings and settings.fp32_precision
+    q = torch.ones(1, 8, 4, 4, dtype=torch.bfloat16)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: attention(q, q, q, impl="blocked"), range(400)))
+    assert (settings and settings.fp32_precision) == before
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
+def test_blocks_of_nothing_are_as_pytorchs_own(n, m):
+    q, k = torch.ones(2, n, 1, 4), torch.ones(2, m, 1, 4)
+    assert torch.equal(attention(q, k, k, impl="blocked"), attention(q, k, k, impl="sdpa"))
+
+
+def test_blocks_can_be_mapped_and_differentiated_forwards():
+    q, k, v = torch.randn(3, 2, 4, 6, 2, 8, generator=torch.Generator().manual_seed(2))
+    run = {impl: partial(attention, impl=impl) for impl in ("blocked", "naive")}
+    torch.testing.assert_close(torch.vmap(run["blocked"])(q, k, v), torch.vmap(run["naive"])(q, k, v))
+    one = (q[0], k[0], v[0])
+    torch.testing.assert_close(*(torch.func.jvp(f, one, one[::-1])[1] for f in run.values()))
+
+
+def test_auto_is_compiled_in_one_piece_where_a_cpu_would_take_blocks():
+    q = torch.randn(1, 512, 1, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with torch.no_grad():
+        compiled = torch.compile(attention, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(q, q, q), attention(q, q, q), atol=2e-2, rtol=0)
 
 
 def test_blocks_refuse_to_be_trained():

@@ -69,13 +69,19 @@ def test_a_model_that_has_drawn_is_saved_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(2, TOKENS, 8), (3, TOKENS // 2 + 1, 8), (1, 1, 8)])
-def test_a_feed_forward_takes_its_tokens_in_parts_where_nothing_is_learnt(shape):
+def test_a_feed_forward_takes_its_tokens_in_parts_where_nothing_is_learnt(shape, monkeypatch):
     torch.manual_seed(0)
     layer, x = FeedForward(8).double(), torch.randn(shape, dtype=torch.float64)
     whole = layer(x).detach()
     tune(layer, torch.device("cpu"))
+    parts = []
+    monkeypatch.setattr(layer, "gated", lambda tokens: parts.append(len(tokens)) or FeedForward.gated(layer, tokens))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), whole, rtol=1e-13, atol=1e-13)
+    full, rest = divmod(shape[0] * shape[1], TOKENS)
+    assert parts == [TOKENS] * full + [rest] * (rest > 0)
+    layer(x)
+    assert parts[-1] == shape[0]  # to learn it takes all in one go, as they are
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0], reason="another allocator")
@@ -84,16 +90,26 @@ def test_memory_that_a_layer_frees_is_kept_for_the_next_unless_the_user_set_mall
     """Seen by the new pages that the system hands out for a second tensor, smaller than one that was freed."""
     program = """
 import resource, torch
-from minisd.nn.tuning import tune
+from minisd.nn.tuning import OLD_KEPT, give_back_freed_memory, keep_freed_memory, tune
 tune(torch.nn.Linear(1, 1), torch.device("cpu"))
-torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(3 * 2**22)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def new_pages(tensor):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensor()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+size = 2**26 if keep_freed_memory() else OLD_KEPT // 4
+torch.ones(size)
+kept = new_pages(lambda: torch.ones(size // 4 * 3))
+give_back_freed_memory()
+print(kept, new_pages(lambda: torch.ones(size // 4 * 3)))
 """
     theirs = ("MALLOC_", "GLIBC_", "LD_PRELOAD")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     environment |= {setting: "131072"} if setting else {}
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
-    assert (int(run.stdout) < 16) == kept  # of 12,288, or 24 where the system hands out large ones
+    again, given_back = map(int, run.stdout.split())
+    new = 90  # of 96 large ones, or 49,152
+    assert (again < new) == kept
+    assert given_back > new

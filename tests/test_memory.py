@@ -8,6 +8,7 @@ import pytest
 import torch
 from lively import lively, only
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from minisd.config import Settings
@@ -32,6 +33,16 @@ def handed_out(run) -> int:
     return peak
 
 
+class WithoutScratch(TorchFunctionMode):
+    """Convolutions give an empty result: real ones of few channels take scratch from the same allocator."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.conv2d:
+            return function(*args, **(kwargs or {}))
+        made = function(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args), **(kwargs or {}))
+        return torch.empty_like(made, device="cpu")
+
+
 @pytest.mark.parametrize("tile", [0, 16])
 @torch.no_grad()
 def test_a_step_and_the_decoding_take_what_the_allocator_hands_out(tile):
@@ -39,8 +50,8 @@ def test_a_step_and_the_decoding_take_what_the_allocator_hands_out(tile):
     needs, both = memory.needs(sampling), torch.cat([sampling.batch.cond.context, sampling.batch.uncond.context])
     x = sampling.latents.repeat(2, 1, 1, 1)
     assert needs.step == pytest.approx(handed_out(lambda: SD.unet(x, 0, Conditioning(both))), rel=0.05)
-    # real convolutions of few channels take scratch from the same allocator
-    assert 0.9 < handed_out(lambda: decoded(SD.vae, sampling.latents, tile)) / needs.decode < 1.6
+    with WithoutScratch():
+        assert needs.decode == pytest.approx(handed_out(lambda: decoded(SD.vae, sampling.latents, tile)), rel=0.05)
 
 
 def test_what_is_freed_is_counted_no_longer_and_weights_and_views_never():

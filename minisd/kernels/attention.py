@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from minisd.kernels.choice import choose
 from minisd.kernels.fused import fused_attention
 
-BLOCK = 2**21  # scores at a time: 8 MB in float32; half or twice as many took 5 to 15 % longer
+BLOCK = 2**21  # scores at a time, 8 MB in float32: half or twice took 5 to 15 % longer (4096 tokens, 2 EPYC cores)
 
 
 def attention(
@@ -27,6 +28,9 @@ def attention(
     the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask; "blocked" has no gradient. "auto" is PyTorch's
     own, except where another was measured to be quicker (choice.py). ValueError for an unknown impl, shapes that do
     not fit, and where these cannot run.
+
+    "blocked" in bfloat16, which "auto" takes on some CPUs, lets products of float32 matrices in this process take
+    bfloat16 factors while it runs: do not compute in float32 in another thread beside it.
     """
     check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -92,46 +96,61 @@ def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
 def _blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """The three operations of _matmul on as many queries of one head as keep their scores in a CPU's cache.
 
-    In bfloat16 every product runs at the speed of large matrices. Scores and softmax are float32 nevertheless.
+    In bfloat16 every product runs at the speed of large matrices. Scores and softmax are float32 at least nevertheless.
     """
     if _needs_gradient(q, k, v):
         raise ValueError("attention's impl 'blocked' has no gradient: use 'auto', or torch.no_grad()")
     accumulate = torch.promote_types(q.dtype, torch.float32)
     (images, n, heads, _), m = q.shape, k.shape[1]
-    block = max(1, min(n, BLOCK // m))
     out = torch.empty_like(q)
-    all_scores = q.new_empty(block, m, dtype=accumulate)  # written again and again, and so is the next: no new pages
-    all_weights = all_scores if accumulate == v.dtype else v.new_empty(block, m)
-    with torch.autocast(q.device.type, enabled=False), _bfloat16_products(q.dtype == torch.bfloat16):
+    if not out.numel() or not m:
+        return out.zero_()  # of no keys, as PyTorch's own
+    block = max(1, min(n, BLOCK // m))
+    with torch.autocast(q.device.type, enabled=False), _bfloat16_products.used(q.dtype == torch.bfloat16):
         for image in range(images):
             for head in range(heads):
                 queries, keys = (x[image, :, head].to(accumulate) for x in (q, k))
                 values = v[image, :, head].contiguous()
+                nothing = queries.new_zeros(1)
                 for start, rows in zip(range(0, n, block), queries.split(block), strict=True):
-                    scores, weights = all_scores[: len(rows)], all_weights[: len(rows)]
-                    torch.addmm(scores, rows, keys.mT, beta=0, alpha=scale, out=scores)
+                    scores = torch.addmm(nothing, rows, keys.mT, beta=0, alpha=scale)  # a product, scaled as it is made
                     if causal:
-                        scores.masked_fill_(_future(scores, start), float("-inf"))
-                    torch.softmax(scores, -1, out=scores)
-                    out[image, start : start + block, head] = weights.copy_(scores) @ values
+                        scores = scores.masked_fill(_future(scores, start), float("-inf"))
+                    out[image, start : start + block, head] = scores.softmax(-1).to(v.dtype) @ values
     return out
 
 
-@contextmanager
-def _bfloat16_products(wanted: bool) -> Iterator[None]:
-    """A CPU's products of float32 matrices take bfloat16 factors, with sums in float32: exact where they are bfloat16.
+class _BFloat16Products:
+    """While used: a CPU's products of float32 matrices take bfloat16 factors, with sums in float32.
 
-    PyTorch's products of bfloat16 tensors themselves would round the sums. This is a setting of the whole process.
+    Exact where the factors are bfloat16 numbers; PyTorch's products of bfloat16 tensors would round the sums. This is a
+    setting of the whole process, so that products in other threads take it too while it lasts: the first user sets
+    it, the last one restores what was there.
     """
-    settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-    if not wanted or settings is None:
-        yield
-        return
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+
+    def __init__(self):
+        self.users, self.before, self.lock = 0, "none", threading.Lock()
+
+    @contextmanager
+    def used(self, wanted: bool) -> Iterator[None]:
+        settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+        if not wanted or settings is None:
+            yield
+            return
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    settings.fp32_precision = self.before
+
+
+_bfloat16_products = _BFloat16Products()
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

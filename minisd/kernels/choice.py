@@ -29,7 +29,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
         if training:
             return "sdpa32" if q.dtype.itemsize == 2 else "sdpa"
         large = q.dtype == torch.bfloat16 and not causal and min(n, m) >= 512
-        return "blocked" if large and blocks_are_quick() and not torch.compiler.is_compiling() else "sdpa"
+        return "blocked" if large and not torch.compiler.is_compiling() and blocks_are_quick() else "sdpa"
     if q.device.type != "cuda" or causal:
         return "sdpa"
     quickest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from minisd.checkpoints.building import on_meta
 from minisd.models.unet import Conditioning
-from minisd.nn.tuning import in_parts
+from minisd.nn.tuning import give_back_freed_memory, in_parts
 from minisd.tasks.latents import decoded
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Needs:
     """Bytes: of all weights together, and, beside them, of a step of the U-Net and of the decoding at their fullest.
 
     With offload no weights stay: those of the U-Net are in its step, those of the VAE in the decoding. What PyTorch's
-    libraries keep for themselves (a convolution's scratch, fragments) comes on top: a tenth or two.
+    libraries keep for themselves (a convolution's scratch, fragments) comes on top: a tenth or two. So may, on a CPU,
+    what `keep_freed_memory` keeps for the next layer, a gigabyte at most.
     """
 
     weights: int
@@ -125,6 +126,7 @@ def available(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    give_back_freed_memory()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
