@@ -34,7 +34,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x 'b c h w', emb 'b e' → 'b c h w'. A hook that keeps what a norm or a convolution gave sees it overwritten."""
+        """x 'b c h w', emb 'b e' → 'b c h w'. A hook that keeps the output of a norm or convolution sees it change."""
         # in place, where nothing else reads what is overwritten: at large sizes a new tensor costs more than the sum
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.emb is not None:
