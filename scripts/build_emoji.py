@@ -8,7 +8,8 @@ resvg (about a minute), and writes
     FOLDER/images.npy         uint8 'n h w c', RGBA with straight alpha; can be memory-mapped
     FOLDER/captions.jsonl     one JSON object per image, in the same order: concept, style, label, tags, group, split
     FOLDER/data.json          size, styles, versions, SHA-256 of the packages and of the two files above
-    FOLDER/subjects/NAME/     {train,test}/*.png and masks/{train,test}/*.png: views of one held-out drawing each
+    FOLDER/subjects/NAME/     {train,test}/*.png and masks/{train,test}/*.png: views of one held-out drawing each;
+                              other/*.png: the same concept in the other styles
     FOLDER/contact_sheet.png, FOLDER/attribution.txt, FOLDER/packages/
 
 Splits: "unseen" is the whole of Twemoji, a vendor that no training sees; "subject" are the 20 concepts held out in the
@@ -90,8 +91,10 @@ def build(packages: Path, out: Path, size: int) -> dict:
     shutil.rmtree(out / "subjects", ignore_errors=True)  # of a build that was stopped
     for n, (concept, (_, style)) in enumerate(SUBJECTS.items()):
         subject = out / "subjects" / concept
-        write_subject(subject, drawings[style][concept], size, hue=0.381966 * n)  # the golden section spreads the hues
-        _write(subject / "attribution.txt", subject_attribution(words[concept]["label"], STYLES[style]))
+        others = {other: drawings[other][concept] for other in STYLES if other != style}
+        hue = 0.381966 * n  # the golden section spreads them
+        write_subject(subject, drawings[style][concept], others, size, hue)
+        _write(subject / "attribution.txt", subject_attribution(words[concept]["label"], style))
     about = {name: {"label": words[name]["label"], "class": c, "style": s} for name, (c, s) in SUBJECTS.items()}
     _write(out / "subjects" / "subjects.json", json.dumps(about, indent=1) + "\n")
     _write(out / "attribution.txt", attribution())

@@ -171,11 +171,14 @@ def attribution() -> str:
     return "\n".join(lines) + "\n"
 
 
-def subject_attribution(label: str, source: Source) -> str:
-    """The same for one subject's folder."""
-    text = (
-        f"These views show the {label} of {source.title} ({source.url}), © {source.owner},\n"
-        f"used under {source.licence} ({LICENCES[source.licence]}); from npm's {source.package} {source.version}.\n"
-        "Changed: rasterised, turned, scaled, moved, and put on backgrounds.\n"
+def subject_attribution(label: str, style: str) -> str:
+    """The same for the folder of one subject, of a drawing in this style and of the others' beside it."""
+    shown = {style: "These views show", **{other: f"other/{other}.png shows" for other in STYLES if other != style}}
+    text = "\n".join(
+        f"{words} the {label} of {source.title} ({source.url}), © {source.owner},\n"
+        f"used under {source.licence} ({LICENCES[source.licence]}); from npm's {source.package} {source.version}."
+        for source, words in ((STYLES[name], words) for name, words in shown.items())
     )
-    return text + f"\nCopyright (c) {source.owner}\n{MIT_TEXT}" if source.licence == "MIT" else text
+    owners = dict.fromkeys(source.owner for source in STYLES.values() if source.licence == "MIT")
+    mit = "".join(f"\nCopyright (c) {owner}\n{MIT_TEXT}" for owner in owners)
+    return f"{text}\nChanged: rasterised, turned, scaled, moved, and put on backgrounds.\n{mit}"

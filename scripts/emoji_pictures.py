@@ -86,19 +86,31 @@ def _transform(drawing: Drawing, view: View) -> str:
     return f"translate({x:.4f} {y:.4f}) rotate({view.angle}) scale({view.scale}) translate({-centre_x} {-centre_y})"
 
 
-def write_subject(folder: Path, drawing: Drawing, size: int, hue: float) -> None:
-    """folder/{train,test}/*.png, and their masks (white where the drawing is, from its alpha) in folder/masks/."""
+def write_subject(folder: Path, drawing: Drawing, others: dict[str, Drawing], size: int, hue: float) -> None:
+    """folder/{train,test}/*.png, and their masks (white where the drawing is, from its alpha) in folder/masks/.
+
+    others: the concept in other styles, by their names; over white into folder/other/.
+    """
     for part, views in VIEWS.items():
         for sub in (folder / part, folder / "masks" / part):
             sub.mkdir(parents=True, exist_ok=True)
         for n, view in enumerate(views):
             picture = rasterise(drawing, size, view)
-            alpha = picture[..., 3:].astype(int)
-            mixed = (picture[..., :3] * alpha + background(view, size, hue).astype(int) * (255 - alpha) + 127) // 255
             name = f"{n:02d}.png"
-            Image.fromarray(mixed.astype(np.uint8)).save(folder / part / name, optimize=True)
-            mask = Image.fromarray(np.where(alpha[..., 0] >= 128, 255, 0).astype(np.uint8))
+            _over(picture, background(view, size, hue)).save(folder / part / name, optimize=True)
+            mask = Image.fromarray(np.where(picture[..., 3] >= 128, 255, 0).astype(np.uint8))
             mask.save(folder / "masks" / part / name, optimize=True)
+    (folder / "other").mkdir(exist_ok=True)
+    for style, other in others.items():
+        picture = rasterise(other, size, VIEWS["train"][0])
+        _over(picture, background(VIEWS["train"][0], size, hue)).save(folder / "other" / f"{style}.png", optimize=True)
+
+
+def _over(picture: np.ndarray, ground: np.ndarray) -> Image.Image:
+    alpha = picture[..., 3:].astype(int)
+    return Image.fromarray(
+        ((picture[..., :3] * alpha + ground.astype(int) * (255 - alpha) + 127) // 255).astype(np.uint8)
+    )
 
 
 def background(view: View, size: int, hue: float) -> np.ndarray:

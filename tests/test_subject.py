@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,17 @@ from minisd.eval.subject import SubjectJudge
 from minisd.images import load_image
 from minisd.models.unet import Conditioning
 from minisd.pipeline import StableDiffusion
-from minisd.training.comparison import CEILING, FLOOR, NO_PRIOR, Comparison, compare, contact_sheet, table
+from minisd.training.comparison import (
+    CEILING,
+    FLOOR,
+    NO_PRIOR,
+    OTHERS,
+    TRANSFER,
+    Comparison,
+    compare,
+    contact_sheet,
+    table,
+)
 from minisd.training.draws import Draws
 from minisd.training.lora import LoRALayer, add_layers
 from minisd.training.options import Run
@@ -429,21 +440,27 @@ def test_the_table_has_means_and_the_paired_distances_from_the_floor():
 
 def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     sd = StableDiffusion(checkpoint(MODEL))
-    judge = SubjectJudge(CLIPFeatures.of(sd), [load_image(path) for path in (DUCK / "test").glob("*.png")])
+    judge_by = partial(SubjectJudge, CLIPFeatures.of(sd))
     settings = Settings(steps=1, batch_size=2)
     plan = Comparison(("{}",), 2, 2, 2, settings, class_prior=2, train_steps=1)
-    arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, judge, Run(quiet=True, sample_every=0))
+    arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, judge_by, Run(quiet=True, sample_every=0))
     monkeypatch.setattr("minisd.training.comparison.train_dreambooth", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(*arguments)
     monkeypatch.undo()
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "duck").glob("*/scores.json")}
-    assert {path.parent.name for path in first} == {"untouched-model", "real-views", "textual-inversion", "lora"}
+    kept = {"untouched-model", "real-views", "others-drawings", "textual-inversion", "lora"}
+    assert {path.parent.name for path in first} == kept
     rows = compare(*arguments)
     assert {path: path.stat().st_mtime_ns for path in first} == first
-    assert list(rows) == [FLOOR, CEILING, "textual inversion", "lora", "dreambooth", NO_PRIOR]
-    assert all(rows[name].keys() == {"CLIP-I", "CLIP-T", "PRES", "DIV"} for name in rows if name != CEILING)
-    assert contact_sheet(tmp_path, {"duck": DUCK}, list(rows)).width == 6 * 128
+    assert list(rows) == [FLOOR, CEILING, OTHERS, "textual inversion", "lora", "dreambooth", NO_PRIOR]
+    drawn = {"CLIP-I", TRANSFER, "CLIP-T", "PRES", "DIV"}
+    assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
+    assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
+    by_others = judge_by([load_image(path) for path in sorted((DUCK / "other").iterdir())])
+    seen = [load_image(path).convert("RGB") for path in sorted((DUCK / "train").iterdir())[:2]]
+    assert rows[CEILING][TRANSFER] == pytest.approx(by_others.each(seen, "bird")["CLIP-I"].mean().item(), abs=1e-5)
+    assert contact_sheet(tmp_path, {"duck": DUCK}, list(rows)).width == 7 * 128
 
 
 # --------------------------------------------------------------------------------------------------- command line

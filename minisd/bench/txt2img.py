@@ -54,7 +54,6 @@ class Picture:
 def minisd(folder: Path, picture: Picture) -> Run:
     from minisd.pipeline import load
     from minisd.tasks import txt2img
-    from minisd.tasks.latents import decode_latents
 
     sd, latents = load(folder, dtype=picture.torch_dtype, device=picture.device), picture.latents()
     settings, size = Settings(steps=picture.steps, batch_size=picture.batch), picture.size
@@ -63,9 +62,7 @@ def minisd(folder: Path, picture: Picture) -> Run:
         (sampling,) = txt2img(
             sd, PROMPT, num_images=picture.batch, height=size, width=size, latents=latents, settings=settings
         )
-        for _ in sampling:
-            pass
-        return (decode_latents(sd.vae, sampling.latents) / 2 + 0.5).clamp(0, 1)
+        return (sampling.pixels() / 2 + 0.5).clamp(0, 1)
 
     return run
 

@@ -162,8 +162,6 @@ def main(tokens: Sequence[str] | None = None) -> int:
     0: done. 1: it could not be done, or a replayed picture differs. 2: the command line was not understood.
     130: interrupted. MINISD_TRACEBACK=1 shows where an error came from.
     """
-    # read by torch at its first allocation: large tensors in pages of 2 MB, without the faults of 512 times as many
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without "β" is no reason to stop

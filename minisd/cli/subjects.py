@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from minisd.cli.options import Model
@@ -42,12 +43,10 @@ def eval_subjects(
     from minisd.eval.features import CLIPFeatures
     from minisd.eval.report import machine
     from minisd.eval.subject import SubjectJudge
-    from minisd.images import load_image
     from minisd.record.files import write_whole
     from minisd.training.comparison import Comparison, compare, contact_sheet, table
     from minisd.training.mini import has_bfloat16
     from minisd.training.options import Run
-    from minisd.training.photos import photo_paths
 
     began, sd = time.monotonic(), model.load_whole()
     quick = sd.device.type == "cuda" or has_bfloat16()
@@ -57,8 +56,7 @@ def eval_subjects(
     found = {}
     for number, name in enumerate(chosen):
         print(f"{name} ({number + 1} of {len(chosen)})", file=sys.stderr)
-        judge = SubjectJudge(clip, [load_image(path) for path in photo_paths(data / name / "test")])
-        found[name] = compare(sd, data / name, known[name]["class"], out / name, plan, judge, run)
+        found[name] = compare(sd, data / name, known[name]["class"], out / name, plan, partial(SubjectJudge, clip), run)
     rows = list(next(iter(found.values())))
     minutes = (time.monotonic() - began) / 60
     facts = machine(sd.device) | {"minutes": round(minutes, 1), "feature space": clip.name}

@@ -18,6 +18,7 @@ from minisd.diffusion.samplers import Sampler, Step, get_sampler
 from minisd.images import to_pil, to_uint8
 from minisd.models.unet import Conditioning
 from minisd.models.vae import DiagonalGaussian
+from minisd.nn.tuning import give_back_freed_memory
 from minisd.prompts import same_length
 from minisd.tasks.latents import decode_latents
 from minisd.tasks.nonfinite import nonfinite_error
@@ -68,10 +69,8 @@ class Sampling:
 
     def images(self) -> list[Image.Image]:
         """The pictures; takes the steps that are left."""
-        for _ in self:
-            pass
         if self._images is None:
-            self._images = self._decode(self.latents)
+            self._images = to_pil(self.finish(self.pixels()))
             for seed, image in zip(self.seeds, self._images, strict=True):
                 if max(high for _, high in image.getextrema()) <= 1:
                     warnings.warn(
@@ -81,12 +80,19 @@ class Sampling:
                     )
         return self._images
 
+    def pixels(self) -> Tensor:
+        """The same as the VAE gives them: 'b 3 h w' in about [-1, 1], float32."""
+        for _ in self:
+            pass
+        give_back_freed_memory()  # the U-Net's blocks have other sizes than the VAE's
+        return self._decode(self.latents)
+
     def preview(self, step: Step) -> list[Image.Image]:
         """What the model believes the pictures to be, decoded from a step's x_0."""
-        return self._decode(step.x_0)
+        return to_pil(self.finish(self._decode(step.x_0)))
 
-    def _decode(self, latents: Tensor) -> list[Image.Image]:
-        return to_pil(self.finish(decode_latents(self.sd.bring(self.sd.vae), latents, self.settings.tile)))
+    def _decode(self, latents: Tensor) -> Tensor:
+        return decode_latents(self.sd.bring(self.sd.vae), latents, self.settings.tile)
 
     @property
     def seeds(self) -> list[int]:

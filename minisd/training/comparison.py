@@ -1,13 +1,15 @@
 """DreamBooth, Textual Inversion and LoRA on the same subjects: who is like them, heeds prompts, forgets nothing.
 
-Every subject has a folder with views in train/, others in test/. Between a floor, the untouched model with the class
-word, and a ceiling, real views judged as if they had been drawn, stands each method. What is finished is only read.
+Every subject has a folder with views in train/ and others in test/; masks/train/ says what of a view is the subject;
+other/ holds other artists' drawings of the same thing. Between a floor, the untouched model with the class word, and a
+ceiling, real views judged as if they had been drawn, stands each method. What is finished is only read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from minisd.eval.subject import SubjectJudge
 
 FLOOR, CEILING, NO_PRIOR = "untouched model", "real views", "dreambooth without prior"
+OTHERS, TRANSFER = "others' drawings", "CLIP-I to others"
 TOKEN = "sks"
 
 
@@ -113,20 +116,28 @@ def compare(
     class_word: str,
     out: Path,
     plan: Comparison,
-    judge: SubjectJudge,
+    judge_by: Callable[[list[Image.Image]], SubjectJudge],
     run: Run,
 ) -> dict[str, Scores]:
     """Row → scores of one subject, floor and ceiling first. Each row keeps its scores and pictures in a folder of out.
 
-    judge: by the subject's test views.
+    judge_by: makes a judge from real pictures: `SubjectJudge` with its feature spaces. Test views are what all scores
+    are taken by. "CLIP-I to others" tells, by others' drawings, whether the thing was learnt or this one drawing.
     """
     size, named = sd.config.image_size, with_article(class_word)
-    views = [load_image(path).convert("RGB").resize((size, size)) for path in photo_paths(folder / "train")]
-    files = [sha256(path) for part in ("train", "test") for path in photo_paths(folder / part)]
+    masks = folder / "masks" / "train"
+
+    def pictures(part: str) -> list[Image.Image]:
+        paths = photo_paths(folder / part) if (folder / part).is_dir() else []
+        return [load_image(path).convert("RGB").resize((size, size)) for path in paths]
+
+    real, others = pictures("train")[: plan.views], pictures("other")
+    judge, judge_of_others = judge_by(pictures("test")), judge_by(others) if others else None
+    files = [sha256(path) for path in sorted(folder.rglob("*.png"))]
     models = [network_digest(network) for network in (sd.unet, sd.text_encoder, sd.vae)]
 
     def row(name: str, config: object, draw: Callable[[Path], tuple[list, list, list]]) -> Scores:
-        place = out / name.replace(" ", "-")
+        place = place_of(out, name)
         known = {"models": models, "judge": judge.spaces, "class": class_word, "files": files}
         made = {"plan": asdict(plan), "config": config, **known}
         digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -134,6 +145,8 @@ def compare(
             return finished
         images, prompts, of_class = draw(place / f"training-{digest}")
         scores = judge.scores(images, prompts, **({"class_images": of_class} if of_class else {}))
+        if judge_of_others is not None and name != OTHERS:
+            scores[TRANSFER] = judge_of_others.each(images, prompts)["CLIP-I"].mean().item()
         sheet = captioned(images, prompts, columns=plan.seeds)
         write_whole(place / "pictures.png", lambda file: sheet.save(file, "PNG"))
         write_whole(place / "first.png", lambda file: images[0].save(file, "PNG"))
@@ -150,7 +163,9 @@ def compare(
 
     def learnt(config) -> Callable[[Path], tuple[list, list, list]]:
         def draw(work: Path) -> tuple[list, list, list]:
-            photos = load_photos(folder / "train", size, config.subject.views).first(plan.views)
+            photos = load_photos(
+                folder / "train", size, config.subject.views, masks=masks if masks.is_dir() else None
+            ).first(plan.views)
             if isinstance(config, TextualInversionConfig):
                 vectors = train_textual_inversion(sd, photos, work, config, run, group)
                 model = _copy(sd)
@@ -170,15 +185,19 @@ def compare(
 
         return draw
 
-    group, real = Processes(device=sd.device), views[: plan.views]
-    rows = {
-        FLOOR: row(FLOOR, None, lambda work: drawn(sd, class_word)),
-        CEILING: row(CEILING, None, lambda work: (real, [class_word] * len(real), [])),
-    }
+    group = Processes(device=sd.device)
+    rows = {FLOOR: row(FLOOR, None, lambda work: drawn(sd, class_word))}
+    for name, shown in ((CEILING, real), (OTHERS, others)):
+        if shown:
+            rows[name] = row(name, None, lambda work, shown=shown: (shown, [class_word] * len(shown), []))
     for method in plan.methods():
         config = method.config(class_word)
         rows[method.name] = row(method.name, asdict(config), learnt(config))
     return rows
+
+
+def place_of(out: Path, row: str) -> Path:
+    return out / re.sub(r"[^a-z]+", "-", row)
 
 
 def _copy(sd: StableDiffusion) -> StableDiffusion:
@@ -196,7 +215,14 @@ def _read(path: Path, digest: str) -> Scores | None:
 
 # ------------------------------------------------------------------------------------------------- over all subjects
 
-COLUMNS = {"CLIP-I": "higher", "DINO": "higher", "CLIP-T": "higher", "PRES": "lower", "DIV": "higher"}
+COLUMNS = {
+    "CLIP-I": "higher",
+    "DINO": "higher",
+    TRANSFER: "higher",
+    "CLIP-T": "higher",
+    "PRES": "lower",
+    "DIV": "higher",
+}
 
 
 def table(found: Mapping[str, Mapping[str, Scores]]) -> str:
@@ -227,7 +253,7 @@ def table(found: Mapping[str, Mapping[str, Scores]]) -> str:
         line(["---"] * (1 + len(columns))),
     ]
     means = [line([name, *(cell(name, column) for column in columns)]) for name in names]
-    learnt = [name for name in names if name not in (FLOOR, CEILING)]
+    learnt = [name for name in names if name not in (FLOOR, CEILING, OTHERS)]
     pairs = [line([name, *(cell(name, column, FLOOR) for column in columns)]) for name in learnt]
     kept = [line(["dreambooth, less that without prior", *(cell("dreambooth", c, NO_PRIOR) for c in columns)])]
     first = [*head, *means, "", "Less the untouched model, subject by subject:", ""]
@@ -238,7 +264,7 @@ def contact_sheet(out: Path, subjects: Mapping[str, Path], rows: Sequence[str]) 
     """A line for each subject: a training view, then the first picture of every row, of the plainest prompt."""
     images, texts = [], []
     for subject, folder in subjects.items():
-        drawn = [(out / subject / row.replace(" ", "-") / "first.png", row) for row in rows if row != CEILING]
+        drawn = [(place_of(out / subject, row) / "first.png", row) for row in rows if row != CEILING]
         for path, text in [(photo_paths(folder / "train")[0], subject), *drawn]:
             image = load_image(path).convert("RGB")
             images.append(image if not images else image.resize(images[0].size))
