@@ -5,6 +5,7 @@ import math
 import shutil
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import recipe
@@ -12,6 +13,7 @@ import torch
 from reference import DATA, manifest
 from torch import nn
 
+import minisd
 from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.doctor import inspect_checkpoint
 from minisd.checkpoints.evidence import PROBE_TENSORS
@@ -226,6 +228,11 @@ def test_what_minisd_saved_is_known_by_its_metadata(tmp_path):
     assert "tokens <cat-toy> (2 vectors)" in text
     assert "global step 12" in text
     assert page(tmp_path / "x", verify=True).count("checksums match") == 1
+
+
+def test_a_vocabulary_that_stores_equal_rows_once_is_told_beside_its_full_size():
+    text = page(Path(minisd.__file__).parents[1] / "weights" / "mini.safetensors")
+    assert "vocabulary 3,700 different rows for 49,408 tokens" in text
 
 
 # ------------------------------------------------------------------------------------------------------- folders

@@ -457,8 +457,12 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     drawn = {"CLIP-I", TRANSFER, "CLIP-T", "PRES", "DIV"}
     assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
     assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
-    by_others = judge_by([load_image(path) for path in sorted((DUCK / "other").iterdir())])
-    seen = [load_image(path).convert("RGB") for path in sorted((DUCK / "train").iterdir())[:2]]
+
+    def pictures(part: str) -> list[Image.Image]:
+        size = (sd.config.image_size, sd.config.image_size)
+        return [load_image(path).convert("RGB").resize(size) for path in sorted((DUCK / part).iterdir())]
+
+    by_others, seen = judge_by(pictures("other")), pictures("train")[:2]
     assert rows[CEILING][TRANSFER] == pytest.approx(by_others.each(seen, "bird")["CLIP-I"].mean().item(), abs=1e-5)
     assert contact_sheet(tmp_path, {"duck": DUCK}, list(rows)).width == 7 * 128
 

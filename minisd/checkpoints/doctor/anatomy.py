@@ -174,6 +174,11 @@ def _tokens(found: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
     more = text.vocab_size - CLIPTextConfig.vocab_size
     if names or more > 0:
         found.facts["tokens"] = names or f"{more} beyond CLIP's {CLIPTextConfig.vocab_size:,}, without their names"
+    for rows in getattr(opened.contents.parts["text"].tensors.file, "folded", {}).values():
+        found.facts["vocabulary"] = (
+            f"{rows:,} different rows for {text.vocab_size:,} tokens: the file stores each once, and is smaller than "
+            "the networks below"
+        )
 
 
 def _family(found: Inspection, opened: Opened) -> None:

@@ -114,6 +114,11 @@ class TensorFile(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         return self.entry(name).dtype
 
+    @property
+    def folded(self) -> dict[str, int]:
+        """How many rows are stored of the tables that `folded` made small."""
+        return {name: self._stored[name].shape[0] for name in self.entries if name + ROWS in self._stored}
+
     def read(self, name: str | Entry, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous tensor of its own, converted on the way; of the file no more than a few chunks are in memory."""
         if isinstance(name, str) and name + ROWS in self._stored:
