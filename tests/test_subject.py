@@ -467,6 +467,23 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     assert contact_sheet(tmp_path, {"duck": DUCK}, list(rows)).width == 7 * 128
 
 
+def test_the_command_writes_the_table_what_its_words_mean_and_a_sheet(tmp_path, monkeypatch, capsys):
+    quick = partial(Comparison, ("{}",), 2, 2, 2, Settings(steps=1, batch_size=2), class_prior=2)
+    monkeypatch.setattr("minisd.training.comparison.Comparison", quick)
+    save_checkpoint(StableDiffusion(checkpoint(MODEL)).checkpoint, tmp_path / "tiny.safetensors")
+    line = ["eval", "subjects", "duck", "--data", str(DUCK.parent), "--out", str(tmp_path / "out")]
+    assert main([*line, "--train-steps", "1", "--checkpoint", str(tmp_path / "tiny.safetensors")]) == 0
+    page = (tmp_path / "out" / "subjects.md").read_text(encoding="utf-8")
+    assert page in capsys.readouterr().out
+    assert all(f"| {row} |" in page for row in (FLOOR, CEILING, OTHERS, "textual inversion", "lora", NO_PRIOR))
+    assert "Learnt from 2 views with their masks" in page
+    assert "lora 1 × 4 photos" in page
+    assert list(json.loads((tmp_path / "out" / "subjects.json").read_text())["scores"]) == ["duck"]
+    assert Image.open(tmp_path / "out" / "subjects.png").width == 7 * 128
+    assert main([*line, "goose"]) == 1
+    assert "goose is no subject of" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------- command line
 
 

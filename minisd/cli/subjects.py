@@ -44,7 +44,7 @@ def eval_subjects(
     from minisd.eval.report import machine
     from minisd.eval.subject import SubjectJudge
     from minisd.record.files import write_whole
-    from minisd.training.comparison import Comparison, compare, contact_sheet, table
+    from minisd.training.comparison import Comparison, compare, contact_sheet, notes, table
     from minisd.training.mini import has_bfloat16
     from minisd.training.options import Run
 
@@ -60,7 +60,8 @@ def eval_subjects(
     rows = list(next(iter(found.values())))
     minutes = (time.monotonic() - began) / 60
     facts = machine(sd.device) | {"minutes": round(minutes, 1), "feature space": clip.name}
-    page = "\n".join([table(found), *(f"- {key}: {value}" for key, value in facts.items()), ""])
+    about = [*(f"{key}: {value}" for key, value in facts.items()), *notes(plan)]
+    page = "\n".join([table(found), *(f"- {line}" for line in about), ""])
     sheet = contact_sheet(out, {name: data / name for name in chosen}, rows)
     text = json.dumps({**facts, "scores": found}, indent=1, ensure_ascii=False) + "\n"
     write_whole(out / "subjects.md", lambda file: file.write(page.encode()))

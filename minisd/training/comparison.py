@@ -266,6 +266,26 @@ def table(found: Mapping[str, Mapping[str, Scores]]) -> str:
     return "\n".join([*first, *head, *pairs, *(kept if NO_PRIOR in names else [])]) + "\n"
 
 
+def notes(plan: Comparison) -> list[str]:
+    """What the table's words mean."""
+    loops = {method.name: method.config("thing").loop for method in plan.methods()}
+    steps = ", ".join(f"{name} {loop.steps} × {loop.batch_size} photos" for name, loop in loops.items())
+    prompts = ", ".join(f'"{prompt.replace("{}", "thing")}"' for prompt in plan.prompts)
+    return [
+        f"Learnt from {plan.views} views with their masks, judged by test views of other angles, sizes and grounds. "
+        f"Steps: {steps}.",
+        f"Drawn: {plan.seeds} pictures of each prompt ({prompts}), {plan.settings.steps} steps of "
+        f"{plan.settings.sampler}, guidance {plan.settings.guidance_scale:g}. The untouched model is given the class "
+        "word, each method what it calls the subject.",
+        f"CLIP-I: mean cosine to the test views. {TRANSFER}: to other artists' drawings of the same thing, high where "
+        "the thing was learnt and not one drawing of it. CLIP-T: cosine to the prompt with the class word. PRES: mean "
+        f"cosine of {plan.class_pictures} pictures of the class alone to the test views, which tells drift. DIV: mean "
+        "of 1 - cosine between the pictures of a prompt (Ruiz et al. 2023, section 4).",
+        "Intervals hold the middle 95 % of bootstrap means over subjects. A CLIP that was trained with the model is a "
+        "mild judge: compare within the table, never with a paper.",
+    ]
+
+
 def contact_sheet(out: Path, subjects: Mapping[str, Path], rows: Sequence[str]) -> Image.Image:
     """A line for each subject: a training view, then the first picture of every row, of the plainest prompt."""
     images, texts = [], []
