@@ -9,7 +9,7 @@ resvg (about a minute), and writes
     FOLDER/captions.jsonl     one JSON object per image, in the same order: concept, style, label, tags, group, split
     FOLDER/data.json          size, styles, versions, SHA-256 of the packages and of the two files above
     FOLDER/subjects/NAME/     {train,test}/*.png and masks/{train,test}/*.png: views of one held-out drawing each;
-                              other/*.png: the same concept in the other styles
+                              other/STYLE.png: the same concept as other vendors drew it
     FOLDER/contact_sheet.png, FOLDER/attribution.txt, FOLDER/packages/
 
 Splits: "unseen" is the whole of Twemoji, a vendor that no training sees; "subject" are the 20 concepts held out in the
@@ -30,7 +30,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from emoji_packages import SOURCES, STYLES, attribution, fetch, read_drawings, read_words, subject_attribution
+from emoji_packages import (
+    SOURCES,
+    STYLES,
+    attribution,
+    fetch,
+    other_vendors,
+    read_drawings,
+    read_words,
+    subject_attribution,
+)
 from emoji_pictures import contact_sheet, rasterise, write_subject
 from PIL import Image
 from tqdm import tqdm
@@ -91,7 +100,7 @@ def build(packages: Path, out: Path, size: int) -> dict:
     shutil.rmtree(out / "subjects", ignore_errors=True)  # of a build that was stopped
     for n, (concept, (_, style)) in enumerate(SUBJECTS.items()):
         subject = out / "subjects" / concept
-        others = {other: drawings[other][concept] for other in STYLES if other != style}
+        others = {other: drawings[other][concept] for other in other_vendors(style)}
         hue = 0.381966 * n  # the golden section spreads them
         write_subject(subject, drawings[style][concept], others, size, hue)
         _write(subject / "attribution.txt", subject_attribution(words[concept]["label"], style))

@@ -171,14 +171,20 @@ def attribution() -> str:
     return "\n".join(lines) + "\n"
 
 
+def other_vendors(style: str) -> list[str]:
+    """The styles of other owners than this one's."""
+    return [other for other, source in STYLES.items() if source.owner != STYLES[style].owner]
+
+
 def subject_attribution(label: str, style: str) -> str:
-    """The same for the folder of one subject, of a drawing in this style and of the others' beside it."""
-    shown = {style: "These views show", **{other: f"other/{other}.png shows" for other in STYLES if other != style}}
+    """The same for the folder of one subject: a drawing in this style, and other vendors' beside it."""
+    shown = {style: "These views show", **{other: f"other/{other}.png shows" for other in other_vendors(style)}}
     text = "\n".join(
         f"{words} the {label} of {source.title} ({source.url}), © {source.owner},\n"
         f"used under {source.licence} ({LICENCES[source.licence]}); from npm's {source.package} {source.version}."
         for source, words in ((STYLES[name], words) for name, words in shown.items())
     )
-    owners = dict.fromkeys(source.owner for source in STYLES.values() if source.licence == "MIT")
+    owners = dict.fromkeys(STYLES[name].owner for name in shown if STYLES[name].licence == "MIT")
     mit = "".join(f"\nCopyright (c) {owner}\n{MIT_TEXT}" for owner in owners)
-    return f"{text}\nChanged: rasterised, turned, scaled, moved, and put on backgrounds.\n{mit}"
+    changed = "Changed: all were rasterised, scaled and put on backgrounds; the views were also turned and moved."
+    return f"{text}\n{changed}\n{mit}"

@@ -89,7 +89,7 @@ def _transform(drawing: Drawing, view: View) -> str:
 def write_subject(folder: Path, drawing: Drawing, others: dict[str, Drawing], size: int, hue: float) -> None:
     """folder/{train,test}/*.png, and their masks (white where the drawing is, from its alpha) in folder/masks/.
 
-    others: the concept in other styles, by their names; over white into folder/other/.
+    others: the same concept by style, written over white to folder/other/STYLE.png.
     """
     for part, views in VIEWS.items():
         for sub in (folder / part, folder / "masks" / part):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,6 @@ from minisd.cli.personalise import check_free
 from minisd.config import Settings
 from minisd.eval.features import CLIPFeatures
 from minisd.eval.subject import SubjectJudge
-from minisd.images import load_image
 from minisd.models.unet import Conditioning
 from minisd.pipeline import StableDiffusion
 from minisd.training.comparison import (
@@ -37,6 +37,7 @@ from minisd.training.comparison import (
     Comparison,
     compare,
     contact_sheet,
+    over_white,
     table,
 )
 from minisd.training.draws import Draws
@@ -449,7 +450,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
         compare(*arguments)
     monkeypatch.undo()
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "duck").glob("*/scores.json")}
-    kept = {"untouched-model", "real-views", "others-drawings", "textual-inversion", "lora"}
+    kept = {"untouched-model", "real-views", "other-vendors-drawings", "textual-inversion", "lora"}
     assert {path.parent.name for path in first} == kept
     rows = compare(*arguments)
     assert {path: path.stat().st_mtime_ns for path in first} == first
@@ -457,14 +458,59 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     drawn = {"CLIP-I", TRANSFER, "CLIP-T", "PRES", "DIV"}
     assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
     assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
-
-    def pictures(part: str) -> list[Image.Image]:
-        size = (sd.config.image_size, sd.config.image_size)
-        return [load_image(path).convert("RGB").resize(size) for path in sorted((DUCK / part).iterdir())]
-
-    by_others, seen = judge_by(pictures("other")), pictures("train")[:2]
+    by_others = judge_by(over_white(load_photos(DUCK / "other", sd.config.image_size)))
+    views = load_photos(DUCK / "train", sd.config.image_size, masks=DUCK / "masks" / "train").first(2)
+    seen = over_white(views)
     assert rows[CEILING][TRANSFER] == pytest.approx(by_others.each(seen, "bird")["CLIP-I"].mean().item(), abs=1e-5)
     assert contact_sheet(tmp_path, {"duck": DUCK}, list(rows)).width == 7 * 128
+
+
+def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_anything_is_changed(
+    tmp_path, monkeypatch
+):
+    sd, asked = StableDiffusion(checkpoint(MODEL)), []
+    shutil.copytree(DUCK, tmp_path / "duck")
+    plan = Comparison(("{}",), 2, 2, 2, Settings(steps=1, batch_size=2), class_prior=2, train_steps=1)
+    clip = CLIPFeatures.of(sd)
+
+    def judge_by(pictures):
+        asked.append(pictures)
+        return SubjectJudge(clip, pictures)
+
+    def learn(sd, photos, *_):
+        asked.append(photos)
+        return torch.zeros(4, sd.config.text.width)
+
+    monkeypatch.setattr("minisd.training.comparison.train_textual_inversion", learn)
+    monkeypatch.setattr(Comparison, "methods", lambda self, every=Comparison.methods: every(self)[:1])
+
+    def run():
+        asked.clear()
+        compare(sd, tmp_path / "duck", "bird", tmp_path / "out", plan, judge_by, Run(quiet=True, sample_every=0))
+        return asked
+
+    test, other, photos = run()
+    assert photos.masks.shape[:2] == (plan.views, 1)
+    corner = [picture.getpixel((0, 0)) for picture in (*test, *other)]
+    assert len(test) == 4
+    assert set(corner) == {(255, 255, 255)}  # the grounds are no part of the duck
+    assert len(run()) == 2  # nothing is learnt again
+    for changed in ("other/flat.png", "masks/test/00.png", "train/00.txt"):
+        place = tmp_path / "duck" / changed
+        if place.suffix == ".txt":
+            place.write_text("{} asleep")
+        else:
+            Image.open(place).rotate(180).save(place)
+        assert len(run()) == 3, changed
+
+
+def test_the_table_pairs_only_subjects_that_have_both_rows():
+    lora = {"x": 0.3, "y": 0.9}
+    found = {
+        name: {FLOOR: scores_of(0.1), **({"lora": scores_of(lora[name])} if name in lora else {})} for name in "xyz"
+    }
+    assert "| lora | +0.500 [+0.200, +0.800] |" in table(found)
+    assert "| untouched model | 0.100 [0.100, 0.100] |" in table(found)
 
 
 def test_the_command_writes_the_table_what_its_words_mean_and_a_sheet(tmp_path, monkeypatch, capsys):
@@ -476,8 +522,7 @@ def test_the_command_writes_the_table_what_its_words_mean_and_a_sheet(tmp_path, 
     page = (tmp_path / "out" / "subjects.md").read_text(encoding="utf-8")
     assert page in capsys.readouterr().out
     assert all(f"| {row} |" in page for row in (FLOOR, CEILING, OTHERS, "textual inversion", "lora", NO_PRIOR))
-    assert "Learnt from 2 views with their masks" in page
-    assert "lora 1 × 4 photos" in page
+    assert "lora 1 × 4 at 0.001" in page
     assert list(json.loads((tmp_path / "out" / "subjects.json").read_text())["scores"]) == ["duck"]
     assert Image.open(tmp_path / "out" / "subjects.png").width == 7 * 128
     assert main([*line, "goose"]) == 1

@@ -174,7 +174,7 @@ def _tokens(found: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
     more = text.vocab_size - CLIPTextConfig.vocab_size
     if names or more > 0:
         found.facts["tokens"] = names or f"{more} beyond CLIP's {CLIPTextConfig.vocab_size:,}, without their names"
-    for rows in getattr(opened.contents.parts["text"].tensors.file, "folded", {}).values():
+    for rows in getattr(opened.contents.parts["text"].tensors.file, "stored_rows", {}).values():
         found.facts["vocabulary"] = (
             f"{rows:,} different rows for {text.vocab_size:,} tokens: the file stores each once, and is smaller than "
             "the networks below"

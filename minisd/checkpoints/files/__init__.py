@@ -115,8 +115,8 @@ class TensorFile(Mapping[str, Tensor]):
         return self.entry(name).dtype
 
     @property
-    def folded(self) -> dict[str, int]:
-        """How many rows are stored of the tables that `folded` made small."""
+    def stored_rows(self) -> dict[str, int]:
+        """How many rows the file holds of each folded table (see the function `folded`)."""
         return {name: self._stored[name].shape[0] for name in self.entries if name + ROWS in self._stored}
 
     def read(self, name: str | Entry, dtype: torch.dtype | None = None) -> Tensor:
