@@ -7,6 +7,7 @@ from lively import Watched, lively, only, pixels
 
 from minisd.config import ScheduleConfig, Settings
 from minisd.diffusion.samplers import ddim, euler
+from minisd.images import to_pil
 from minisd.tasks import txt2img
 
 SD = lively()
@@ -26,6 +27,13 @@ def test_a_sampling_is_watched_and_stopped_from_the_callers_loop():
     assert seen == SD.schedule.timesteps(7)
     assert sampling.images() == SD.txt2img("a dog", steps=7)
     assert sampling.images() is sampling.images()
+
+
+def test_what_is_decoded_is_what_the_pictures_are_finished_from():
+    sampling = only(txt2img(SD, "a dog", settings=Settings(steps=3)))
+    decoded = sampling.pixels()  # it takes the steps
+    assert torch.equal(sampling.pixels(), decoded)
+    assert to_pil(sampling.finish(decoded)) == sampling.images() == SD.txt2img("a dog", steps=3)
 
 
 def test_the_preview_of_the_last_step_of_euler_is_the_picture():

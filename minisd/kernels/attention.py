@@ -96,28 +96,35 @@ def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
 def _blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """The three operations of _matmul on as many queries of one head as keep their scores in a CPU's cache.
 
-    In bfloat16 every product runs at the speed of large matrices. Scores and softmax are float32 at least nevertheless.
+    In bfloat16 every product runs at the speed of large matrices; scores and softmax are at least float32 all the same.
     """
     if _needs_gradient(q, k, v):
         raise ValueError("attention's impl 'blocked' has no gradient: use 'auto', or torch.no_grad()")
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q)  # of no keys, as PyTorch's own
     accumulate = torch.promote_types(q.dtype, torch.float32)
-    (images, n, heads, _), m = q.shape, k.shape[1]
-    out = torch.empty_like(q)
-    if not out.numel() or not m:
-        return out.zero_()  # of no keys, as PyTorch's own
-    block = max(1, min(n, BLOCK // m))
+    block = max(1, BLOCK // k.shape[1])
+
+    def one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q 'n d', k and v 'm d' → 'n d'."""
+        queries, keys, values, nothing = (
+            q.to(accumulate),
+            k.to(accumulate),
+            v.contiguous(),
+            q.new_zeros(1).to(accumulate),
+        )
+        results = []
+        for first, rows in enumerate(queries.split(block)):
+            scores = torch.addmm(nothing, rows, keys.mT, beta=0, alpha=scale)  # a product, scaled as it is made
+            if causal:
+                scores = scores.masked_fill(_future(scores, first * block), float("-inf"))
+            results.append(scores.softmax(-1).to(v.dtype) @ values)
+        return torch.cat(results)
+
     with torch.autocast(q.device.type, enabled=False), _bfloat16_products.used(q.dtype == torch.bfloat16):
-        for image in range(images):
-            for head in range(heads):
-                queries, keys = (x[image, :, head].to(accumulate) for x in (q, k))
-                values = v[image, :, head].contiguous()
-                nothing = queries.new_zeros(1)
-                for start, rows in zip(range(0, n, block), queries.split(block), strict=True):
-                    scores = torch.addmm(nothing, rows, keys.mT, beta=0, alpha=scale)  # a product, scaled as it is made
-                    if causal:
-                        scores = scores.masked_fill(_future(scores, start), float("-inf"))
-                    out[image, start : start + block, head] = scores.softmax(-1).to(v.dtype) @ values
-    return out
+        images = zip(q.unbind(0), k.unbind(0), v.unbind(0), strict=True)
+        heads = [[one_head(*head) for head in zip(*(x.unbind(1) for x in image), strict=True)] for image in images]
+        return torch.stack([torch.stack(image, 1) for image in heads])
 
 
 class _BFloat16Products:
@@ -137,16 +144,19 @@ class _BFloat16Products:
         if not wanted or settings is None:
             yield
             return
-        with self.lock:
-            self.users += 1
-            if self.users == 1:
-                self.before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        counted = False
         try:
+            with self.lock:
+                if not self.users:
+                    inherited = settings.fp32_precision == torch.backends.mkldnn.fp32_precision
+                    self.before = "none" if inherited else settings.fp32_precision
+                self.users, counted = self.users + 1, True
+                settings.fp32_precision = "bf16"
             yield
         finally:
             with self.lock:
-                self.users -= 1
-                if not self.users:
+                self.users -= counted
+                if counted and not self.users:
                     settings.fp32_precision = self.before
 
 

@@ -31,8 +31,8 @@ class Needs:
     """Bytes: of all weights together, and, beside them, of a step of the U-Net and of the decoding at their fullest.
 
     With offload no weights stay: those of the U-Net are in its step, those of the VAE in the decoding. What PyTorch's
-    libraries keep for themselves (a convolution's scratch, fragments) comes on top: a tenth or two. So may, on a CPU,
-    what `keep_freed_memory` keeps for the next layer, a gigabyte at most.
+    libraries keep for themselves (a convolution's scratch, fragments) comes on top: a tenth or two. So does, on a CPU,
+    what `keep_freed_memory` keeps for the next layer.
     """
 
     weights: int

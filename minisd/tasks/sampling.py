@@ -81,7 +81,10 @@ class Sampling:
         return self._images
 
     def pixels(self) -> Tensor:
-        """The same as the VAE gives them: 'b 3 h w' in about [-1, 1], float32."""
+        """The pictures as the VAE gives them, before `finish`: 'b 3 h w' in about [-1, 1], float32.
+
+        Takes the steps that are left, and decodes at every call.
+        """
         for _ in self:
             pass
         give_back_freed_memory()  # the U-Net's blocks have other sizes than the VAE's
