@@ -172,8 +172,9 @@ def attribution() -> str:
 
 
 def other_vendors(style: str) -> list[str]:
-    """The styles of other owners than this one's."""
-    return [other for other, source in STYLES.items() if source.owner != STYLES[style].owner]
+    """A style of each other owner than this one's: two of one owner show nearly the same."""
+    first = {source.owner: name for name, source in reversed(STYLES.items())}
+    return [name for owner, name in reversed(first.items()) if owner != STYLES[style].owner]
 
 
 def subject_attribution(label: str, style: str) -> str:

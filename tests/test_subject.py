@@ -37,7 +37,8 @@ from minisd.training.comparison import (
     Comparison,
     compare,
     contact_sheet,
-    over_white,
+    cut_out,
+    images_of,
     table,
 )
 from minisd.training.draws import Draws
@@ -458,9 +459,9 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     drawn = {"CLIP-I", TRANSFER, "CLIP-T", "PRES", "DIV"}
     assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
     assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
-    by_others = judge_by(over_white(load_photos(DUCK / "other", sd.config.image_size)))
+    by_others = judge_by(images_of(load_photos(DUCK / "other", sd.config.image_size)))
     views = load_photos(DUCK / "train", sd.config.image_size, masks=DUCK / "masks" / "train").first(2)
-    seen = over_white(views)
+    seen = images_of(cut_out(views))
     assert rows[CEILING][TRANSFER] == pytest.approx(by_others.each(seen, "bird")["CLIP-I"].mean().item(), abs=1e-5)
     assert contact_sheet(tmp_path, {"duck": DUCK}, list(rows)).width == 7 * 128
 
@@ -490,12 +491,12 @@ def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_a
         return asked
 
     test, other, photos = run()
-    assert photos.masks.shape[:2] == (plan.views, 1)
-    corner = [picture.getpixel((0, 0)) for picture in (*test, *other)]
+    assert len(photos) == plan.views
+    corner = [picture.getpixel((0, 0)) for picture in (*test, *other, *images_of(photos))]
     assert len(test) == 4
     assert set(corner) == {(255, 255, 255)}  # the grounds are no part of the duck
     assert len(run()) == 2  # nothing is learnt again
-    for changed in ("other/flat.png", "masks/test/00.png", "train/00.txt"):
+    for changed in ("other/fluent.png", "masks/test/00.png", "train/00.txt"):
         place = tmp_path / "duck" / changed
         if place.suffix == ".txt":
             place.write_text("{} asleep")

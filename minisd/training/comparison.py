@@ -84,8 +84,7 @@ class Comparison:
     def methods(self) -> tuple[Method, ...]:
         """The rows, by plans for a model of a few million weights: some hundred steps at a high rate.
 
-        What masks leave out is not learnt: of four views on four grounds such a model learns the grounds first. Steps
-        and rates were chosen on the duck and the alarm clock.
+        Steps and rates were chosen on the duck and the alarm clock.
         """
 
         def loop(steps: int, lr: float) -> LoopConfig:
@@ -96,7 +95,7 @@ class Comparison:
         quiet = Validation(prompts=("{}",), seeds=1, steps=2, guidance_scale=1.0, best=False)
 
         def subject(class_word: str, token: str = TOKEN) -> SubjectConfig:
-            return SubjectConfig(token, class_word, prompts=("{}", "a {}"), background=0.0, validation=quiet)
+            return SubjectConfig(token, class_word, prompts=("{}", "a {}"), validation=quiet)
 
         def inversion(class_word: str) -> TextualInversionConfig:
             return TextualInversionConfig(subject(class_word, "<subject>"), loop(600, 5e-3), vectors=4)
@@ -130,16 +129,17 @@ def compare(
     """Row → scores of one subject, floor and ceiling first. Each row keeps its scores and pictures in a folder of out.
 
     judge_by: makes a judge from real pictures: `SubjectJudge` with its feature spaces. CLIP-I, DINO and PRES are taken
-    against the test views, over white where they have masks; "CLIP-I to others" against the other vendors' drawings: it
-    tells whether the thing was learnt, or one drawing of it.
+    against the test views; "CLIP-I to others" against the other vendors' drawings, which tells whether the thing was
+    learnt, or one drawing of it. Views with masks are cut out, over white, to learn from and to judge by: of four views
+    on four grounds a small model learns the grounds first.
     """
     named, photos = with_article(class_word), {}
     for part in ("train", "test", *(["other"] if (folder / "other").is_dir() else [])):
         masks = folder / "masks" / part
-        photos[part] = load_photos(folder / part, sd.config.image_size, masks=masks if masks.is_dir() else None)
-    photos["train"] = photos["train"].first(plan.views)
-    real, test = over_white(photos["train"]), over_white(photos["test"])
-    others = over_white(photos["other"]) if "other" in photos else []
+        whole = load_photos(folder / part, sd.config.image_size, masks=masks if masks.is_dir() else None)
+        photos[part] = cut_out(whole.first(plan.views) if part == "train" else whole)
+    real, test = images_of(photos["train"]), images_of(photos["test"])
+    others = images_of(photos["other"]) if "other" in photos else []
     judge, judge_of_others = judge_by(test), judge_by(others) if others else None
     files = {part: of_part.digest for part, of_part in photos.items()}
     models = [network_digest(network) for network in (sd.unet, sd.text_encoder, sd.vae)]
@@ -203,12 +203,16 @@ def compare(
     return rows
 
 
-def over_white(photos: Photos) -> list[Image.Image]:
-    """The photos as a judge sees them: without what their masks leave out."""
-    pixels = photos.pixels[:, 0]
-    if photos.masks is not None:
-        pixels = np.where(photos.masks[:, 0, :, :, None], pixels, 255).astype(np.uint8)
-    return [Image.fromarray(picture) for picture in pixels]
+def cut_out(photos: Photos) -> Photos:
+    """The photos, white where their masks leave something out."""
+    if photos.masks is None:
+        return photos
+    pixels = np.where(photos.masks[..., None], photos.pixels, 255).astype(np.uint8)
+    return replace(photos, pixels=pixels, masks=None, digest=f"{photos.digest}, cut out")
+
+
+def images_of(photos: Photos) -> list[Image.Image]:
+    return [Image.fromarray(picture) for picture in photos.pixels[:, 0]]
 
 
 def place_of(out: Path, row: str) -> Path:
@@ -284,9 +288,9 @@ def notes(plan: Comparison) -> list[str]:
     steps = ", ".join(f"{name} {loop.steps} × {loop.batch_size} at {loop.lr:g}" for name, loop in loops.items())
     prompts = ", ".join(f'"{prompt.replace("{}", "thing")}"' for prompt in plan.prompts)
     return [
-        f"Learnt from {plan.views} views at most, judged by test views; where a view has a mask, only what is in it is "
-        f"learnt and judged. Steps, photos in each, and rate: {steps}; beside every photo one of {plan.class_prior} "
-        "pictures of the class, but in textual inversion and without prior. Chosen on the duck and the alarm clock.",
+        f"Learnt from {plan.views} views at most, judged by test views; views with masks are cut out, over white. "
+        f"Steps, photos in each, rate: {steps}; beside every photo one of {plan.class_prior} pictures of the class, but "
+        "in textual inversion and without prior. Chosen on the duck and the alarm clock.",
         f"Drawn: {plan.seeds} pictures of each prompt ({prompts}), {plan.settings.steps} steps of "
         f"{plan.settings.sampler}, guidance {plan.settings.guidance_scale:g}. The untouched model is given the class "
         "word, each method what it calls the subject.",
