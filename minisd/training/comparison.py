@@ -289,7 +289,7 @@ def notes(plan: Comparison) -> list[str]:
     prompts = ", ".join(f'"{prompt.replace("{}", "thing")}"' for prompt in plan.prompts)
     return [
         f"Learnt from {plan.views} views at most, judged by test views; views with masks are cut out, over white. "
-        f"Steps, photos in each, rate: {steps}; beside every photo one of {plan.class_prior} pictures of the class, but "
+        f"Steps, photos in each, rate: {steps}; beside each photo one of {plan.class_prior} pictures of the class, but "
         "in textual inversion and without prior. Chosen on the duck and the alarm clock.",
         f"Drawn: {plan.seeds} pictures of each prompt ({prompts}), {plan.settings.steps} steps of "
         f"{plan.settings.sampler}, guidance {plan.settings.guidance_scale:g}. The untouched model is given the class "
