@@ -42,13 +42,14 @@ from minisd.training.comparison import (
     table,
 )
 from minisd.training.draws import Draws
-from minisd.training.lora import LoRALayer, add_layers
+from minisd.training.lora import LoRAConfig, LoRALayer, add_layers
 from minisd.training.options import Run
 from minisd.training.parallel import ALONE
 from minisd.training.photos import Views, load_photos, near_duplicates
 from minisd.training.prior import drawn_class
 from minisd.training.progress import read_log
-from minisd.training.subject import SubjectRecipe, best_step, prompts_of
+from minisd.training.small import for_small_model
+from minisd.training.subject import SubjectConfig, SubjectRecipe, best_step, prompts_of
 from minisd.training.weights import copied
 
 HERE = Path(__file__).parent
@@ -541,6 +542,26 @@ def folder(tmp_path, monkeypatch):
     picture(tmp_path / "cat" / "a.png")
     picture(tmp_path / "cat" / "b.png", seed=1)
     return tmp_path
+
+
+def test_a_small_model_is_taught_by_the_plan_for_one_and_a_large_one_by_the_methods_own(folder, capsys, monkeypatch):
+    start = ["train", "lora", "cat", "--class", "cat", "--checkpoint", "tiny.safetensors", "--quiet"]
+
+    def planned(out: str, *more: str) -> dict:
+        assert main([*start, "--out", out, "--set", *QUICK, *more]) == 0
+        return json.loads((folder / out / "lora.json").read_text())["config"]
+
+    small = planned("small")
+    assert "a small model, taught as such: 2 steps at rate 0.001" in capsys.readouterr().err
+    own = LoRAConfig(SubjectConfig("sks", "cat"))
+    plan = for_small_model(own)
+    assert (small["rank"], tuple(small["unet"]), small["loop"]["lr"]) == (plan.rank, plan.unet, plan.loop.lr)
+    assert planned("told", "rank=3")["rank"] == 3
+    capsys.readouterr()
+    monkeypatch.setattr("minisd.training.small.SMALL", 0)
+    large = planned("large")
+    assert "taught as such" not in capsys.readouterr().err
+    assert (large["rank"], tuple(large["unet"]), large["loop"]["lr"]) == (own.rank, own.unet, own.loop.lr)
 
 
 QUICK = ["loop.steps=2", "prior.count=2", "prior.settings.steps=1", "subject.validation.steps=1"]

@@ -173,9 +173,11 @@ def personalise(
     from minisd.record.files import write_whole
     from minisd.training.parallel import processes
     from minisd.training.photos import load_photos
+    from minisd.training.small import for_small_model, is_small
 
     train, made = _method(method, subject)
-    plan = changed(changed(made, changes), read_changes(None, settings))
+    said = read_changes(None, settings)
+    plan = changed(changed(made, changes), said)
     hashes = _hashes(photos, read["checkpoint"] or mini_model())
     before = remembered.get("hashes", hashes)
     for name in sorted(hashes.keys() | before.keys()):
@@ -183,6 +185,9 @@ def personalise(
             warnings.warn(f"{name} is not what it was in {file} ({was}, now {now}): the result differs", stacklevel=2)
     with processes(run.device) as group:
         sd = minisd.load(read["checkpoint"], device=group.device)
+        if is_small(sd):
+            plan = changed(changed(for_small_model(made), changes), said)
+            print(f"a small model, taught as such: {plan.loop.steps} steps at rate {plan.loop.lr:g}", file=sys.stderr)
         size, seed = sd.config.image_size, plan.loop.seed
         loaded = load_photos(photos, size, plan.subject.views, masks=read["masks"], seed=seed)
         options: dict[str, Any] = {"scores": _scores(sd, read, photos)}

@@ -28,10 +28,11 @@ from minisd.record.files import write_whole
 from minisd.training.captions import with_article
 from minisd.training.dreambooth import DreamBoothConfig, train_dreambooth
 from minisd.training.lora import LoRAConfig, train_lora
-from minisd.training.options import LoopConfig, Run
+from minisd.training.options import Run
 from minisd.training.parallel import Processes
 from minisd.training.photos import Photos, load_photos, photo_paths
 from minisd.training.prior import PriorConfig
+from minisd.training.small import for_small_model
 from minisd.training.subject import SubjectConfig, Validation, with_networks
 from minisd.training.textual_inversion import TextualInversionConfig, train_textual_inversion
 from minisd.training.weights import copied
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 FLOOR, CEILING, NO_PRIOR = "untouched model", "real views", "dreambooth without prior"
 OTHERS, TRANSFER = "other vendors' drawings", "CLIP-I to others"
 TOKEN = "sks"
-LAYERS = ("*.attn?.to_*", "*.ff.*", "*.attn.proj_*", "*.conv*")  # LoRA on attention alone does not learn a shape here
+Config = DreamBoothConfig | LoRAConfig | TextualInversionConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Method:
     """A recipe and its config for a subject of this class word."""
 
     name: str
-    config: Callable[[str], DreamBoothConfig | LoRAConfig | TextualInversionConfig]
+    config: Callable[[str], Config]
 
 
 @dataclass(frozen=True)
@@ -82,35 +83,23 @@ class Comparison:
             raise ValueError(f"train_steps is {self.train_steps}: give 1 or more")
 
     def methods(self) -> tuple[Method, ...]:
-        """The rows, by plans for a model of a few million weights: some hundred steps at a high rate.
-
-        Steps and rates were chosen on the duck and the alarm clock.
-        """
-
-        def loop(steps: int, lr: float) -> LoopConfig:
-            steps = self.train_steps or steps
-            return LoopConfig(steps=steps, batch_size=4, lr=lr, warmup=20, ema=None, precision=self.precision)
-
+        """The rows, by the plans for a small model. Steps and rates were chosen on the duck and the alarm clock."""
         prior = PriorConfig(count=self.class_prior, prompt="{}", settings=self.settings)
         quiet = Validation(prompts=("{}",), seeds=1, steps=2, guidance_scale=1.0, best=False)
 
-        def subject(class_word: str, token: str = TOKEN) -> SubjectConfig:
-            return SubjectConfig(token, class_word, prompts=("{}", "a {}"), validation=quiet)
-
-        def inversion(class_word: str) -> TextualInversionConfig:
-            return TextualInversionConfig(subject(class_word, "<subject>"), loop(600, 5e-3), vectors=4)
-
-        def lora(class_word: str) -> LoRAConfig:
-            return LoRAConfig(subject(class_word), prior, loop(500, 1e-3), rank=16, unet=LAYERS)
-
-        def dreambooth(class_word: str, weight: float = 1.0) -> DreamBoothConfig:
-            return DreamBoothConfig(subject(class_word), replace(prior, weight=weight), loop(400, 2e-4))
+        def planned(method: type, class_word: str, token: str = TOKEN, **more) -> Config:
+            config = for_small_model(method(SubjectConfig(token, class_word)))
+            subject = replace(config.subject, prompts=("{}", "a {}"), validation=quiet)
+            steps = self.train_steps or config.loop.steps
+            return replace(
+                config, subject=subject, loop=replace(config.loop, steps=steps, precision=self.precision), **more
+            )
 
         return (
-            Method("textual inversion", inversion),
-            Method("lora", lora),
-            Method("dreambooth", dreambooth),
-            Method(NO_PRIOR, lambda class_word: dreambooth(class_word, 0.0)),
+            Method("textual inversion", lambda word: planned(TextualInversionConfig, word, "<subject>")),
+            Method("lora", lambda word: planned(LoRAConfig, word, prior=prior)),
+            Method("dreambooth", lambda word: planned(DreamBoothConfig, word, prior=prior)),
+            Method(NO_PRIOR, lambda word: planned(DreamBoothConfig, word, prior=replace(prior, weight=0.0))),
         )
 
 

@@ -26,7 +26,7 @@ from minisd.training.weights import copied
 
 @dataclass(frozen=True)
 class DreamBoothConfig:
-    """What is learnt, and how. The defaults are those for Stable Diffusion.
+    """What is learnt, and how. The defaults are for Stable Diffusion; small.py has others.
 
     Each weight that learns takes 16 bytes: itself, its gradient and two moments in float32. With precision bfloat16
     these are the master copies; autocast rounds them where they are multiplied.

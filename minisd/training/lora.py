@@ -30,7 +30,7 @@ from minisd.training.weights import copied, seeded
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is learnt, and how. The defaults are those for Stable Diffusion.
+    """What is learnt, and how. The defaults are for Stable Diffusion; small.py has others.
 
     Attributes:
         subject: the subject in words.

@@ -30,7 +30,7 @@ MOST = 16  # vectors of one word; CLIP reads 75 in all
 
 @dataclass(frozen=True)
 class TextualInversionConfig:
-    """What is learnt, and how. The defaults are those for Stable Diffusion.
+    """What is learnt, and how. The defaults are for Stable Diffusion; small.py has others.
 
     Attributes:
         subject: the subject in words; its token is the new word, such as <my-dog>.
