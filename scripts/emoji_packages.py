@@ -166,7 +166,7 @@ def attribution() -> str:
         lines.append(f"    {source.licence}, {LICENCES[source.licence]}; from npm's {source.package} {source.version}")
     lines += [
         "",
-        "Changed: SVG drawings were rasterised; those in subjects/ also turned, scaled, put on backgrounds.",
+        "Changed: SVG drawings were rasterised; those in subjects/ also scaled, most turned, put on backgrounds.",
     ]
     return "\n".join(lines) + "\n"
 

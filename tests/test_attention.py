@@ -135,6 +135,20 @@ def test_blocks_leave_the_precision_of_other_products_as_it_was():
     assert settings.fp32_precision == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="PyTorch before 2.9 has no such setting")
+def test_blocks_let_products_inherit_their_precision_as_before():
+    q, parent = torch.ones(1, 4, 1, 4, dtype=torch.bfloat16), torch.backends.mkldnn
+    attention(q, q, q, impl="blocked")
+    before = parent.fp32_precision
+    try:
+        for said in ("bf16", "ieee"):
+            parent.fp32_precision = said
+            attention(q, q, q, impl="blocked")
+            assert parent.matmul.fp32_precision == said
+    finally:
+        parent.fp32_precision = before
+
+
 def test_blocks_in_many_threads_leave_it_as_it_was_too():
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     before = settings and settings.fp32_precision

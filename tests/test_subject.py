@@ -464,7 +464,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     views = load_photos(DUCK / "train", sd.config.image_size, masks=DUCK / "masks" / "train").first(2)
     seen = images_of(cut_out(views))
     assert rows[CEILING][TRANSFER] == pytest.approx(by_others.each(seen, "bird")["CLIP-I"].mean().item(), abs=1e-5)
-    assert contact_sheet(tmp_path, {"duck": DUCK}, list(rows)).width == 7 * 128
+    assert contact_sheet(tmp_path, {"duck": DUCK}, {"duck": rows}).width == 7 * 128
 
 
 def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_anything_is_changed(
@@ -557,11 +557,18 @@ def test_a_small_model_is_taught_by_the_plan_for_one_and_a_large_one_by_the_meth
     plan = for_small_model(own)
     assert (small["rank"], tuple(small["unet"]), small["loop"]["lr"]) == (plan.rank, plan.unet, plan.loop.lr)
     assert planned("told", "rank=3")["rank"] == 3
+    kept = for_small_model(replace(own, loop=replace(own.loop, seed=7), prior=replace(own.prior, weight=0.0)))
+    assert (kept.loop.seed, kept.prior.weight) == (7, 0.0)
     capsys.readouterr()
     monkeypatch.setattr("minisd.training.small.SMALL", 0)
     large = planned("large")
     assert "taught as such" not in capsys.readouterr().err
     assert (large["rank"], tuple(large["unet"]), large["loop"]["lr"]) == (own.rank, own.unet, own.loop.lr)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert main(["train", "lora", "--config", "large/lora.json", "--out", "again", "--quiet"]) == 0
+    assert json.loads((folder / "again" / "lora.json").read_text())["config"] == large
+    assert "taught as such" not in capsys.readouterr().err
 
 
 QUICK = ["loop.steps=2", "prior.count=2", "prior.settings.steps=1", "subject.validation.steps=1"]

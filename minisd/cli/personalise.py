@@ -151,8 +151,9 @@ def personalise(
 ) -> None:
     """Run a method with what was given and, where a file is given, what that remembers."""
     changes = read_changes(file, ())
-    remembered = changes.get("inputs", {}) if "method" in changes else {}
-    if "method" in changes:
+    again = "method" in changes
+    remembered = changes.get("inputs", {}) if again else {}
+    if again:
         if changes["method"] != method:
             raise ValueError(f"{file} is of `minisd train {changes['method']}`: run that")
         changes = changes["config"]
@@ -185,9 +186,12 @@ def personalise(
             warnings.warn(f"{name} is not what it was in {file} ({was}, now {now}): the result differs", stacklevel=2)
     with processes(run.device) as group:
         sd = minisd.load(read["checkpoint"], device=group.device)
-        if is_small(sd):
+        if is_small(sd) and not again:  # what was done again is all said
             plan = changed(changed(for_small_model(made), changes), said)
-            print(f"a small model, taught as such: {plan.loop.steps} steps at rate {plan.loop.lr:g}", file=sys.stderr)
+            if group.is_first:
+                print(
+                    f"a small model, taught as such: {plan.loop.steps} steps at rate {plan.loop.lr:g}", file=sys.stderr
+                )
         size, seed = sd.config.image_size, plan.loop.seed
         loaded = load_photos(photos, size, plan.subject.views, masks=read["masks"], seed=seed)
         options: dict[str, Any] = {"scores": _scores(sd, read, photos)}

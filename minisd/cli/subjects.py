@@ -58,12 +58,11 @@ def eval_subjects(
     for number, name in enumerate(chosen):
         print(f"{name} ({number + 1} of {len(chosen)})", file=sys.stderr)
         found[name] = compare(sd, data / name, known[name]["class"], out / name, plan, partial(SubjectJudge, clip), run)
-    rows = list(next(iter(found.values())))
     minutes = (time.monotonic() - began) / 60
     facts = machine(sd.device) | {"minutes of this call": round(minutes, 1), "feature space": clip.name}
     about = [*(f"{key}: {value}" for key, value in facts.items()), *notes(plan)]
     page = "\n".join([table(found), *(f"- {line}" for line in about), ""])
-    sheet = contact_sheet(out, {name: data / name for name in chosen}, rows)
+    sheet = contact_sheet(out, {name: data / name for name in chosen}, found)
     text = json.dumps({**facts, "scores": found}, indent=1, ensure_ascii=False) + "\n"
     write_whole(out / "subjects.md", lambda file: file.write(page.encode()))
     write_whole(out / "subjects.json", lambda file: file.write(text.encode()))

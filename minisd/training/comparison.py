@@ -123,6 +123,10 @@ def compare(
     on four grounds a small model learns the grounds first.
     """
     named, photos = with_article(class_word), {}
+    if (folder / "masks" / "train").is_dir() != (folder / "masks" / "test").is_dir():
+        raise ValueError(
+            f"{folder / 'masks'} has masks of train/ or of test/: give both or none, to judge what is learnt"
+        )
     for part in ("train", "test", *(["other"] if (folder / "other").is_dir() else [])):
         masks = folder / "masks" / part
         whole = load_photos(folder / part, sd.config.image_size, masks=masks if masks.is_dir() else None)
@@ -238,7 +242,7 @@ def table(found: Mapping[str, Mapping[str, Scores]]) -> str:
 
     found: subject → row → scores.
     """
-    names = list(dict.fromkeys(row for scores in found.values() for row in scores))
+    names = rows_of(found)
     columns = [name for name in COLUMNS if any(name in scores[FLOOR] for scores in found.values())]
 
     def values(column: str, *rows: str) -> list[list[float]]:
@@ -271,15 +275,19 @@ def table(found: Mapping[str, Mapping[str, Scores]]) -> str:
     return "\n".join([*first, *head, *pairs, *(kept if NO_PRIOR in names else [])]) + "\n"
 
 
+def rows_of(found: Mapping[str, Mapping[str, Scores]]) -> list[str]:
+    return list(dict.fromkeys(row for scores in found.values() for row in scores))
+
+
 def notes(plan: Comparison) -> list[str]:
     """What the table's words mean."""
     loops = {method.name: method.config("thing").loop for method in plan.methods()}
     steps = ", ".join(f"{name} {loop.steps} × {loop.batch_size} at {loop.lr:g}" for name, loop in loops.items())
     prompts = ", ".join(f'"{prompt.replace("{}", "thing")}"' for prompt in plan.prompts)
     return [
-        f"Learnt from {plan.views} views at most, judged by test views; views with masks are cut out, over white. "
-        f"Steps, photos in each, rate: {steps}; beside each photo one of {plan.class_prior} pictures of the class, but "
-        "in textual inversion and without prior. Chosen on the duck and the alarm clock.",
+        f"Learnt from {plan.views} views at most, judged by test views; views with masks are cut out, over white, "
+        f"with hard edges. Steps, photos in each, rate: {steps}; beside each photo one of {plan.class_prior} pictures "
+        "of the class, but in textual inversion and without prior. Chosen on the duck and the alarm clock.",
         f"Drawn: {plan.seeds} pictures of each prompt ({prompts}), {plan.settings.steps} steps of "
         f"{plan.settings.sampler}, guidance {plan.settings.guidance_scale:g}. The untouched model is given the class "
         "word, each method what it calls the subject.",
@@ -293,13 +301,14 @@ def notes(plan: Comparison) -> list[str]:
     ]
 
 
-def contact_sheet(out: Path, subjects: Mapping[str, Path], rows: Sequence[str]) -> Image.Image:
+def contact_sheet(out: Path, subjects: Mapping[str, Path], found: Mapping[str, Mapping[str, Scores]]) -> Image.Image:
     """A line for each subject: a training view, then the first picture of every other row, of the plainest prompt."""
+    rows = [row for row in rows_of(found) if row != CEILING]
     images, texts = [], []
     for subject, folder in subjects.items():
-        drawn = [(place_of(out / subject, row) / "first.png", row) for row in rows if row != CEILING]
-        for path, text in [(photo_paths(folder / "train")[0], subject), *drawn]:
-            image = load_image(path).convert("RGB") if path.exists() else Image.new("RGB", images[0].size, "white")
+        drawn = {row: place_of(out / subject, row) / "first.png" for row in rows if row in found[subject]}
+        for text, path in {subject: photo_paths(folder / "train")[0], **{row: drawn.get(row) for row in rows}}.items():
+            image = Image.new("RGB", images[0].size, "white") if path is None else load_image(path).convert("RGB")
             images.append(image if not images else image.resize(images[0].size))
             texts.append(text)
-    return captioned(images, texts, columns=len(rows))
+    return captioned(images, texts, columns=1 + len(rows))
