@@ -5,16 +5,18 @@ import os
 import platform
 import subprocess
 import sys
+from mmap import PAGESIZE
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lively import lively
 
+from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.models.unet import Conditioning
 from minisd.nn.blocks import Conv3x3, conv3x3_as_product
 from minisd.nn.transformer import FeedForward
-from minisd.nn.tuning import TOKENS, channels_last, tune
+from minisd.nn.tuning import TOKENS, channels_last, forget_file_pages, tune
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -112,3 +114,28 @@ print(again, new_pages(lambda: torch.ones(size // 2)))
     again, given_back = map(int, run.stdout.split())
     assert given_back >= 4  # large pages of 2 MB, or very many small ones
     assert (again < 4) == kept
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="the system does not tell")
+def test_a_file_that_was_laid_out_anew_leaves_the_memory_unless_it_was_changed(tmp_path):
+    def resident() -> int:
+        """Bytes of the file in this process's memory."""
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[2]) * PAGESIZE
+
+    weight = torch.randn(512, 512, 3, 3, generator=torch.Generator().manual_seed(0))  # 9.4 MB
+    save_safetensors(tmp_path / "x.safetensors", {"weight": weight}, {})
+    mapped = open_tensors(tmp_path / "x.safetensors")["weight"]
+    layer = torch.nn.Conv2d(512, 512, 3, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(mapped)
+    mapped.sum()  # now it is there
+    before = resident()
+    channels_last(layer)
+    assert before - resident() > 0.9 * weight.nbytes
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(mapped, weight)  # read again
+    mapped[0] += 1
+    forget_file_pages(mapped)
+    assert torch.equal(mapped[0], weight[0] + 1)
+    forget_file_pages(weight)  # memory of no file
+    assert torch.equal(mapped[1:], weight[1:])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minisd.nn.tuning import channels_last, forget_file_pages
 from minisd.training.draws import generator
 
 
@@ -29,6 +30,8 @@ def copied(network: nn.Module, *, learn: bool, half: bool = False) -> nn.Module:
     matrices and kernels become bfloat16, to which autocast would round them at each use: the same numbers in half of
     the memory.
     """
+    if not learn:
+        channels_last(network)  # here, or the copy would hold the convolutions a second time
     matrices = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     memo = {}
     for weight in network.parameters():
@@ -36,6 +39,8 @@ def copied(network: nn.Module, *, learn: bool, half: bool = False) -> nn.Module:
         if half and not learn and id(weight) in matrices:
             dtype = torch.bfloat16
         memo[id(weight)] = nn.Parameter(weight.detach().to(dtype, copy=learn), requires_grad=learn)
+        if learn:
+            forget_file_pages(weight.detach())
     return deepcopy(network, memo)
 
 
