@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,9 @@ def attention(
     q: 'b n i d'; k, v: 'b m i d', all of one floating dtype, which is the result's too. Returns 'b n i d'. Scores and
     softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
     impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, and "hopper", with a forward for
-    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask; "blocked" has no gradient. "auto" is PyTorch's
-    own, except where another was measured to be quicker (choice.py). ValueError for an unknown impl, shapes that do
-    not fit, and where these cannot run.
+    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask; "blocked" has no gradient and is not for
+    torch.func. "auto" is PyTorch's own, except where another was measured to be quicker (choice.py). ValueError for an
+    unknown impl, shapes that do not fit, and where these cannot run.
 
     "blocked" in bfloat16, which "auto" takes on some CPUs, lets products of float32 matrices in this process take
     bfloat16 factors while it runs: do not compute in float32 in another thread beside it.
@@ -103,28 +104,24 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     if not q.numel() or not k.numel():
         return torch.zeros_like(q)  # of no keys, as PyTorch's own
     accumulate = torch.promote_types(q.dtype, torch.float32)
-    block = max(1, BLOCK // k.shape[1])
-
-    def one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q 'n d', k and v 'm d' → 'n d'."""
-        queries, keys, values, nothing = (
-            q.to(accumulate),
-            k.to(accumulate),
-            v.contiguous(),
-            q.new_zeros(1).to(accumulate),
-        )
-        results = []
-        for first, rows in enumerate(queries.split(block)):
-            scores = torch.addmm(nothing, rows, keys.mT, beta=0, alpha=scale)  # a product, scaled as it is made
-            if causal:
-                scores = scores.masked_fill(_future(scores, first * block), float("-inf"))
-            results.append(scores.softmax(-1).to(v.dtype) @ values)
-        return torch.cat(results)
-
+    (images, n, heads, _), m = q.shape, k.shape[1]
+    block = max(1, min(n, BLOCK // m))
+    out = torch.empty_like(q)
+    # written again and again, which a new tensor for each block would take a sixth longer for
+    all_scores = q.new_empty(block, m, dtype=accumulate)
+    all_weights = all_scores if accumulate == v.dtype else v.new_empty(block, m)
     with torch.autocast(q.device.type, enabled=False), _bfloat16_products.used(q.dtype == torch.bfloat16):
-        images = zip(q.unbind(0), k.unbind(0), v.unbind(0), strict=True)
-        heads = [[one_head(*head) for head in zip(*(x.unbind(1) for x in image), strict=True)] for image in images]
-        return torch.stack([torch.stack(image, 1) for image in heads])
+        for image, head in product(range(images), range(heads)):
+            queries, keys = (x[image, :, head].to(accumulate) for x in (q, k))
+            values = v[image, :, head].contiguous()
+            for start, rows in zip(range(0, n, block), queries.split(block), strict=True):
+                scores, weights = all_scores[: len(rows)], all_weights[: len(rows)]
+                torch.addmm(scores, rows, keys.mT, beta=0, alpha=scale, out=scores)  # a product, scaled as it is made
+                if causal:
+                    scores.masked_fill_(_future(scores, start), float("-inf"))
+                torch.softmax(scores, -1, out=scores)
+                out[image, start : start + block, head] = weights.copy_(scores) @ values
+    return out
 
 
 class _BFloat16Products:
