@@ -36,11 +36,10 @@ from minisd.training.comparison import (
     TRANSFER,
     Comparison,
     compare,
-    contact_sheet,
     cut_out,
     images_of,
-    table,
 )
+from minisd.training.comparison_page import contact_sheet, table
 from minisd.training.draws import Draws
 from minisd.training.lora import LoRAConfig, LoRALayer, add_layers
 from minisd.training.options import Run
@@ -504,6 +503,9 @@ def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_a
         else:
             Image.open(place).rotate(180).save(place)
         assert len(run()) == 3, changed
+    shutil.rmtree(tmp_path / "duck" / "masks" / "test")
+    with pytest.raises(ValueError, match=r"masks of train/ or of test/: give both or none"):
+        run()
 
 
 def test_the_table_pairs_only_subjects_that_have_both_rows():

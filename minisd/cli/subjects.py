@@ -45,7 +45,8 @@ def eval_subjects(
     from minisd.eval.report import machine
     from minisd.eval.subject import SubjectJudge
     from minisd.record.files import write_whole
-    from minisd.training.comparison import Comparison, compare, contact_sheet, notes, table
+    from minisd.training.comparison import Comparison, compare
+    from minisd.training.comparison_page import contact_sheet, notes, table
     from minisd.training.mini import has_bfloat16
     from minisd.training.options import Run
 

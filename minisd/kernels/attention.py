@@ -107,7 +107,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     (images, n, heads, _), m = q.shape, k.shape[1]
     block = max(1, min(n, BLOCK // m))
     out = torch.empty_like(q)
-    # written again and again, which a new tensor for each block would take a sixth longer for
+    # written again and again: a new tensor for each block took a sixth longer
     all_scores = q.new_empty(block, m, dtype=accumulate)
     all_weights = all_scores if accumulate == v.dtype else v.new_empty(block, m)
     with torch.autocast(q.device.type, enabled=False), _bfloat16_products.used(q.dtype == torch.bfloat16):

@@ -1,7 +1,7 @@
 """What teaching a subject to a small model takes, such as the mini model: steps, rates, layers, class pictures.
 
-Those of `minisd eval subjects`, chosen for the mini model's 11 million weights. At the rates for Stable Diffusion LoRA
-and DreamBooth hardly move it, and LoRA on attention alone does not learn a shape.
+Those of `minisd eval subjects`, chosen on two subjects for the mini model's 11 million weights. There LoRA on all
+layers came nearer to the subject than on attention alone, and DreamBooth at 2e-4 nearer than at half of it.
 """
 
 from __future__ import annotations
