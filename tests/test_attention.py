@@ -208,8 +208,21 @@ def test_auto_takes_blocks_only_where_they_were_measured_to_win(
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
     q, k = (torch.empty(1, n, 1, 8, dtype=dtype) for n in (1024, tokens))
     assert choose(q, k, k, causal, 1.0) == picked
-    if dtype == torch.bfloat16:
-        assert choose(q.requires_grad_(), k, k, causal, 1.0) == "sdpa32"
+
+
+@pytest.mark.parametrize(
+    ("keys", "width", "dtype", "picked"),
+    [
+        (77, 40, torch.bfloat16, "sdpa32"),
+        (256, 64, torch.bfloat16, "sdpa32"),
+        (1024, 40, torch.bfloat16, "sdpa"),
+        (256, 160, torch.bfloat16, "sdpa"),
+        (77, 40, torch.float32, "sdpa"),
+    ],
+)
+def test_auto_trains_few_keys_in_float32_on_a_cpu(keys, width, dtype, picked):
+    q, k = torch.empty(1, 4, 1, width, dtype=dtype, requires_grad=True), torch.empty(1, keys, 1, width, dtype=dtype)
+    assert choose(q, k, k, False, 1.0) == picked
 
 
 def test_an_unknown_impl_is_refused_with_the_known_ones():

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lively import lively
+from torch.profiler import profile
 
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.models.unet import Conditioning
-from minisd.nn.blocks import Conv3x3, conv3x3_as_product
+from minisd.nn.blocks import Conv3x3, ResBlock, conv3x3_as_product
 from minisd.nn.transformer import FeedForward
 from minisd.nn.tuning import TOKENS, channels_last, forget_file_pages, tune
 
@@ -36,6 +37,38 @@ def test_few_pixels_and_many_weights_take_the_product(monkeypatch, side, product
     monkeypatch.setattr("minisd.nn.blocks.conv3x3_as_product", lambda *args: taken.append(True) or args[0])
     Conv3x3(64, 64)(torch.randn(1, 64, side, side))
     assert bool(taken) == product
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "more", "kept", "otherwise"),
+    [
+        # projection 8, product 4, result 1; otherwise also the activated gate 4
+        (FeedForward(32), torch.randn(1, 64, 32), (), 13, 17),
+        # for each convolution its input and its result; otherwise also what is activated
+        (ResBlock(8, 8, 16, norm_groups=2, norm_eps=1e-5), torch.randn(1, 8, 32, 32), (torch.randn(1, 16),), 4, 6),
+    ],
+    ids=["feed-forward", "residual block"],
+)
+def test_what_is_cheap_is_computed_again_for_the_same_gradient(layer, x, more, kept, otherwise, monkeypatch):
+    """kept, otherwise: for the backward pass, in sizes of x."""
+
+    def learn() -> tuple[float, list[torch.Tensor]]:
+        layer.zero_grad()
+        own = x.clone().requires_grad_()
+        with profile(profile_memory=True) as seen:
+            out = layer(own, *more)
+        out.square().sum().backward()
+        held = sum(event.self_cpu_memory_usage for event in seen.events() if hasattr(event, "self_cpu_memory_usage"))
+        return held / x.nbytes, [own.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    learn()  # what is allocated once
+    held, gradients = learn()
+    for module in ("blocks", "transformer"):
+        monkeypatch.setattr(f"minisd.nn.{module}.recomputed", lambda function, *inputs: function(*inputs))
+    plain_held, plain = learn()
+    assert held == pytest.approx(kept, rel=0.02)
+    assert plain_held == pytest.approx(otherwise, rel=0.02)
+    assert all(torch.equal(*pair) for pair in zip(gradients, plain, strict=True))
 
 
 @pytest.mark.parametrize("name", ["unet", "vae"])

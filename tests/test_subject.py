@@ -33,6 +33,7 @@ from minisd.training.comparison import (
     FLOOR,
     NO_PRIOR,
     OTHERS,
+    SECONDS,
     TRANSFER,
     Comparison,
     compare,
@@ -456,7 +457,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     rows = compare(*arguments)
     assert {path: path.stat().st_mtime_ns for path in first} == first
     assert list(rows) == [FLOOR, CEILING, OTHERS, "textual inversion", "lora", "dreambooth", NO_PRIOR]
-    drawn = {"CLIP-I", TRANSFER, "CLIP-T", "PRES", "DIV"}
+    drawn = {"CLIP-I", TRANSFER, "CLIP-T", "PRES", "DIV", SECONDS}
     assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
     assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
     by_others = judge_by(images_of(load_photos(DUCK / "other", sd.config.image_size)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -45,12 +44,12 @@ def eval_subjects(
     from minisd.eval.report import machine
     from minisd.eval.subject import SubjectJudge
     from minisd.record.files import write_whole
-    from minisd.training.comparison import Comparison, compare
+    from minisd.training.comparison import SECONDS, Comparison, compare
     from minisd.training.comparison_page import contact_sheet, notes, table
     from minisd.training.mini import has_bfloat16
     from minisd.training.options import Run
 
-    began, sd = time.monotonic(), model.load_whole()
+    sd = model.load_whole()
     quick = sd.device.type == "cuda" or has_bfloat16()
     plan = Comparison(precision="bfloat16" if quick else "float32", train_steps=train_steps)
     clip = CLIPFeatures.of(sd)
@@ -59,8 +58,8 @@ def eval_subjects(
     for number, name in enumerate(chosen):
         print(f"{name} ({number + 1} of {len(chosen)})", file=sys.stderr)
         found[name] = compare(sd, data / name, known[name]["class"], out / name, plan, partial(SubjectJudge, clip), run)
-    minutes = (time.monotonic() - began) / 60
-    facts = machine(sd.device) | {"minutes of this call": round(minutes, 1), "feature space": clip.name}
+    minutes = round(sum(scores[SECONDS] for rows in found.values() for scores in rows.values()) / 60, 1)
+    facts = machine(sd.device) | {"minutes, of all rows": minutes, "feature space": clip.name}
     about = [*(f"{key}: {value}" for key, value in facts.items()), *notes(plan)]
     page = "\n".join([table(found), *(f"- {line}" for line in about), ""])
     sheet = contact_sheet(out, {name: data / name for name in chosen}, found)

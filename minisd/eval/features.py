@@ -24,6 +24,7 @@ from minisd.models import clip, dino
 from minisd.models.clip import CLIPText, CLIPVision
 from minisd.models.dino import DINO
 from minisd.models.tokenizer import Tokenizer
+from minisd.nn.tuning import forget_file_pages
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
@@ -194,6 +195,7 @@ def network_digest(network: nn.Module) -> str:
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        forget_file_pages(tensor)  # of a mapped file all has been read now, and some may not be used
     return f"sha256:{digest.hexdigest()[:16]}"
 
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minisd.nn.recomputed import recomputed
+
 
 class ResBlock(nn.Module):
     """norm-silu-conv twice, round a skip: x + conv2(silu(norm2(conv1(silu(norm1(x))) + emb))).
@@ -36,11 +38,15 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x 'b c h w', emb 'b e' → 'b c h w'. A hook that keeps the output of a norm or convolution sees it change."""
         # in place, where nothing else reads what is overwritten: at large sizes a new tensor costs more than the sum
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv1(recomputed(norm_silu, self.norm1, x))
         if self.emb is not None:
             h += self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = self.conv2(recomputed(norm_silu, self.norm2, h))
         return h.add_(self.skip(x))
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.silu(norm(x), inplace=True)
 
 
 class Conv3x3(nn.Conv2d):

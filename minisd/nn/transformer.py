@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.nn.attention import Attention
+from minisd.nn.recomputed import recomputed
 
 
 class SpatialTransformer(nn.Module):
@@ -101,8 +102,12 @@ class FeedForward(nn.Module):
         return torch.cat([self.gated(tokens) for tokens in x.flatten(0, -2).split(self.tokens)]).view_as(x)
 
     def gated(self, x: Tensor) -> Tensor:
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+        return self.proj_out(recomputed(geglu, self.proj_in(x)))
+
+
+def geglu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 class PointwiseConv(nn.Conv2d):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 FLOOR, CEILING, NO_PRIOR = "untouched model", "real views", "dreambooth without prior"
 OTHERS, TRANSFER = "other vendors' drawings", "CLIP-I to others"
+SECONDS = "seconds"
 TOKEN = "sks"
 Config = DreamBoothConfig | LoRAConfig | TextualInversionConfig
 
@@ -115,6 +117,8 @@ def compare(
 ) -> dict[str, Scores]:
     """Row → scores of one subject, floor and ceiling first. Each row keeps its scores and pictures in a folder of out.
 
+    Among the scores are the SECONDS that a row took, which a later call that only reads them gives again.
+
     judge_by: makes a judge from real pictures: `SubjectJudge` with its feature spaces. CLIP-I, DINO and PRES are taken
     against the test views; "CLIP-I to others" against the other vendors' drawings, which tells whether the thing was
     learnt, or one drawing of it. Views with masks are cut out, over white, to learn from and to judge by: of four views
@@ -142,7 +146,7 @@ def compare(
         digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
         if (finished := _read(place / "scores.json", digest)) is not None:
             return finished
-        work = place / f"training-{digest}"
+        began, work = time.monotonic(), place / f"training-{digest}"
         images, prompts, of_class = draw(work)
         scores = judge.scores(images, prompts, **({"class_images": of_class} if of_class else {}))
         if judge_of_others is not None and name != OTHERS:
@@ -150,6 +154,7 @@ def compare(
         sheet = captioned(images, prompts, columns=plan.seeds)
         write_whole(place / "pictures.png", lambda file: sheet.save(file, "PNG"))
         write_whole(place / "first.png", lambda file: images[0].save(file, "PNG"))
+        scores[SECONDS] = time.monotonic() - began
         text = json.dumps({"digest": digest, "scores": scores}, indent=1) + "\n"
         write_whole(place / "scores.json", lambda file: file.write(text.encode()))  # last: then the row is whole
         for heavy in ("state.safetensors", "model.safetensors", "class.safetensors"):

@@ -89,9 +89,8 @@ def dreambooth_recipe(
     scores: Scores | None = None,
 ) -> SubjectRecipe:
     """The U-Net as a copy that learns, with the text encoder or beside it."""
-    half = config.loop.precision == "bfloat16"
     unet = copied(sd.unet, learn=True)
-    text = copied(sd.text_encoder, learn=config.text_encoder, half=half)
+    text = copied(sd.text_encoder, learn=config.text_encoder)
     return SubjectRecipe(
         "dreambooth",
         with_networks(sd, unet=unet, text=text),

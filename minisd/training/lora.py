@@ -136,7 +136,7 @@ def lora_recipe(
     half = config.loop.precision == "bfloat16"
     networks = {
         "unet": copied(sd.unet, learn=False, half=half),
-        "text": copied(sd.text_encoder, learn=False, half=half),
+        "text": copied(sd.text_encoder, learn=False, half=half and bool(config.text)),  # else it is asked once
     }
     alpha = float(config.rank if config.alpha is None else config.alpha)
     with seeded("lora", config.loop.seed):

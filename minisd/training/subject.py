@@ -28,6 +28,7 @@ from minisd.eval.features import network_digest
 from minisd.images import grid
 from minisd.models.unet import Conditioning
 from minisd.models.vae import VAE
+from minisd.nn.tuning import forget_file_pages
 from minisd.pipeline import StableDiffusion
 from minisd.record.files import write_whole
 from minisd.tasks.latents import encode_picture
@@ -210,6 +211,8 @@ class SubjectRecipe:
         if not learnt_weights(sd.text_encoder):
             with torch.no_grad(), self._autocast():
                 self.states = torch.cat([sd.text_encoder(ids) for ids in self.ids.split(16)]).to(dtype)
+            for weight in sd.text_encoder.parameters():
+                forget_file_pages(weight)  # until a sheet asks it again
 
     def __len__(self) -> int:
         return len(self.photos)

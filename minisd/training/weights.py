@@ -30,17 +30,19 @@ def copied(network: nn.Module, *, learn: bool, half: bool = False) -> nn.Module:
     matrices and kernels become bfloat16, to which autocast would round them at each use: the same numbers in half of
     the memory.
     """
-    if not learn:
+    half = half and not learn
+    if not (learn or half):
         channels_last(network)  # here, or the copy would hold the convolutions a second time
     matrices = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     memo = {}
     for weight in network.parameters():
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if half and not learn and id(weight) in matrices:
-            dtype = torch.bfloat16
-        memo[id(weight)] = nn.Parameter(weight.detach().to(dtype, copy=learn), requires_grad=learn)
-        if learn:
+        dtype = torch.bfloat16 if half and id(weight) in matrices else torch.promote_types(weight.dtype, torch.float32)
+        own = weight.detach().to(dtype, copy=learn)
+        if weight.ndim == 4 and weight.device.type == "cpu":
+            own = own.contiguous(memory_format=torch.channels_last)  # as `tune` wants it, by a second copy
+        if own.data_ptr() != weight.data_ptr():
             forget_file_pages(weight.detach())
+        memo[id(weight)] = nn.Parameter(own, requires_grad=learn)
     return deepcopy(network, memo)
 
 
