@@ -215,13 +215,16 @@ def test_auto_takes_blocks_only_where_they_were_measured_to_win(
     [
         (77, 40, torch.bfloat16, "sdpa32"),
         (256, 64, torch.bfloat16, "sdpa32"),
+        (256, 128, torch.bfloat16, "sdpa32"),  # the mini VAE
         (1024, 40, torch.bfloat16, "sdpa"),
-        (256, 160, torch.bfloat16, "sdpa"),
+        (1024, 40, torch.float16, "sdpa32"),
         (77, 40, torch.float32, "sdpa"),
     ],
 )
-def test_auto_trains_few_keys_in_float32_on_a_cpu(keys, width, dtype, picked):
-    q, k = torch.empty(1, 4, 1, width, dtype=dtype, requires_grad=True), torch.empty(1, keys, 1, width, dtype=dtype)
+def test_auto_trains_few_keys_in_float32_on_a_cpu_and_never_in_blocks(keys, width, dtype, picked, monkeypatch):
+    monkeypatch.setattr("minisd.kernels.choice.blocks_are_quick", lambda: True)
+    q, k = (torch.empty(1, n, 1, width, dtype=dtype) for n in (1024, keys))
+    q.requires_grad_()
     assert choose(q, k, k, False, 1.0) == picked
 
 

@@ -381,6 +381,25 @@ def test_copies_that_learn_are_their_own_and_frozen_ones_take_no_memory():
     assert isinstance(LoRALayer(frozen.conv_in, 2, 2.0).weight, torch.nn.Parameter)
 
 
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
+def test_copies_share_what_keeps_its_dtype_and_lay_out_the_rest(source):
+    plain = model().unet.to(source)
+    unet, values = copied(plain, learn=True).to(source), {name: w.clone() for name, w in plain.state_dict().items()}
+    halved, whole = copied(unet, learn=False, half=True), copied(unet, learn=False)
+    learning = copied(unet, learn=True)
+    norms = unet.norm_out.weight.dtype == torch.float32
+    for name, weight in unet.named_parameters():
+        own, shared = weight.data_ptr(), source == torch.float32
+        matrix = "norm" not in name and name.endswith("weight")
+        assert (whole.get_parameter(name).data_ptr() == own) == shared, name
+        assert (halved.get_parameter(name).data_ptr() == own) == (source == torch.bfloat16 if matrix else norms), name
+        assert torch.equal(weight, values[name])
+        for copy in (halved, whole, learning):
+            found = copy.get_parameter(name)
+            assert torch.equal(found, values[name].to(found.dtype))
+            assert found.ndim < 4 or found.is_contiguous(memory_format=torch.channels_last)
+
+
 # ------------------------------------------------------------------------------------------------------- resuming
 
 
@@ -459,6 +478,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     assert list(rows) == [FLOOR, CEILING, OTHERS, "textual inversion", "lora", "dreambooth", NO_PRIOR]
     drawn = {"CLIP-I", TRANSFER, "CLIP-T", "PRES", "DIV", SECONDS}
     assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
+    assert all(scores[SECONDS] > 0 for scores in rows.values())
     assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
     by_others = judge_by(images_of(load_photos(DUCK / "other", sd.config.image_size)))
     views = load_photos(DUCK / "train", sd.config.image_size, masks=DUCK / "masks" / "train").first(2)

@@ -58,8 +58,8 @@ def eval_subjects(
     for number, name in enumerate(chosen):
         print(f"{name} ({number + 1} of {len(chosen)})", file=sys.stderr)
         found[name] = compare(sd, data / name, known[name]["class"], out / name, plan, partial(SubjectJudge, clip), run)
-    minutes = round(sum(scores[SECONDS] for rows in found.values() for scores in rows.values()) / 60, 1)
-    facts = machine(sd.device) | {"minutes, of all rows": minutes, "feature space": clip.name}
+    seconds = [scores.get(SECONDS, float("nan")) for rows in found.values() for scores in rows.values()]
+    facts = machine(sd.device) | {"minutes, of all rows": round(sum(seconds) / 60, 1), "feature space": clip.name}
     about = [*(f"{key}: {value}" for key, value in facts.items()), *notes(plan)]
     page = "\n".join([table(found), *(f"- {line}" for line in about), ""])
     sheet = contact_sheet(out, {name: data / name for name in chosen}, found)

@@ -195,7 +195,7 @@ def network_digest(network: nn.Module) -> str:
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        forget_file_pages(tensor)  # of a mapped file all has been read now, and some may not be used
+        forget_file_pages(tensor)  # all of a mapped file has been read now, and not all of it is needed
     return f"sha256:{digest.hexdigest()[:16]}"
 
 

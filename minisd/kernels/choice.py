@@ -12,7 +12,7 @@ from torch import Tensor
 from minisd.kernels.fused import why_not_fused
 
 MEASURED = Path(__file__).with_name("measured.json")
-FEW_KEYS = 256 * 64  # numbers in the keys of a head
+LARGE = 1024 * 40  # numbers in the keys of a head
 MARGIN = 0.97  # of sdpa's time: differences below 3 % are within the spread of a measurement
 
 
@@ -20,16 +20,18 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     """The name of the form for these tensors: "sdpa" unless measured.json knows better for this GPU and shape.
 
     On a CPU PyTorch's backward in bfloat16 took 1.2 to 3.6 times as long as in float32 at the shapes of the mini model
-    (2 cores with AMX or AVX-512-BF16, torch 2.14), so that training in half precision takes "sdpa32" for FEW_KEYS; from
-    1024 keys of width 40 on it took 0.86 to 0.94 of the time, in half the memory. Its forward in bfloat16 took 1.9
-    times as long as "blocked" at 4096 tokens of width 40, and 1.8 times at 576 of width 64, by 2 cores with
+    (2 cores, with AMX and without, torch 2.14), so that training in half precision takes "sdpa32" there; but 0.86 to
+    0.94 of that time, and half of the memory, at LARGE keys and more (AVX-512-BF16: 1024 of width 40, 256 of width 160,
+    up to 9216 of 40). Its forward in bfloat16 took 1.9 times as long as "blocked" at 4096 tokens of width 40, and 1.8
+    times at 576 of width 64, by 2 cores with
     AVX-512-BF16; with AMX it is quick.
     """
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     (b, n, i, d), m = q.shape, k.shape[1]
     if q.device.type == "cpu":
         if training:
-            return "sdpa32" if q.dtype.itemsize == 2 and m * d <= FEW_KEYS else "sdpa"
+            large = q.dtype == torch.bfloat16 and m * d >= LARGE
+            return "sdpa32" if q.dtype.itemsize == 2 and not large else "sdpa"
         large = q.dtype == torch.bfloat16 and not causal and min(n, m) >= 512
         return "blocked" if large and not _transformed() and blocks_are_quick() else "sdpa"
     if q.device.type != "cuda" or causal:

@@ -60,10 +60,11 @@ def channels_last(network: nn.Module) -> None:
 
 
 def forget_file_pages(tensor: Tensor) -> None:
-    """Take a tensor that will not be used again out of this process's memory, where it is a file that was mapped.
+    """Take a tensor that is not needed soon out of this process's memory, where it is a file that was mapped.
 
-    Only pages that nobody has changed and the system reads again at need: whatever still looks at the tensor sees the
-    same numbers. Without effect on any other memory, and where the system does not tell (Linux does).
+    Only pages that nobody has changed (nor may change meanwhile) and the system reads again at need: whatever still
+    looks at the tensor sees the same numbers. Without effect on any other memory, and where the system does not tell
+    (Linux does).
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or sys.platform != "linux":
         return

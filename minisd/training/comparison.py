@@ -117,7 +117,8 @@ def compare(
 ) -> dict[str, Scores]:
     """Row → scores of one subject, floor and ceiling first. Each row keeps its scores and pictures in a folder of out.
 
-    Among the scores are the SECONDS that a row took, which a later call that only reads them gives again.
+    Among the scores are the SECONDS that a row took (one that was stopped: since it went on; the first row with a prior
+    also draws the class). A later call that only reads them gives the same.
 
     judge_by: makes a judge from real pictures: `SubjectJudge` with its feature spaces. CLIP-I, DINO and PRES are taken
     against the test views; "CLIP-I to others" against the other vendors' drawings, which tells whether the thing was

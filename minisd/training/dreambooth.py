@@ -90,7 +90,9 @@ def dreambooth_recipe(
 ) -> SubjectRecipe:
     """The U-Net as a copy that learns, with the text encoder or beside it."""
     unet = copied(sd.unet, learn=True)
-    text = copied(sd.text_encoder, learn=config.text_encoder)
+    # frozen, it is asked once: in float32 it had better be shared
+    half = config.loop.precision == "bfloat16" and sd.dtype != torch.float32
+    text = copied(sd.text_encoder, learn=config.text_encoder, half=half)
     return SubjectRecipe(
         "dreambooth",
         with_networks(sd, unet=unet, text=text),

@@ -134,9 +134,9 @@ def lora_recipe(
 ) -> tuple[SubjectRecipe, dict[str, LoRALayer]]:
     """Frozen networks, and the layers in them that learn, by "unet" or "text" and their names."""
     half = config.loop.precision == "bfloat16"
-    networks = {
+    networks = {  # a text encoder that does not learn is asked once: in float32 it had better be shared
         "unet": copied(sd.unet, learn=False, half=half),
-        "text": copied(sd.text_encoder, learn=False, half=half and bool(config.text)),  # else it is asked once
+        "text": copied(sd.text_encoder, learn=False, half=half and (bool(config.text) or sd.dtype != torch.float32)),
     }
     alpha = float(config.rank if config.alpha is None else config.alpha)
     with seeded("lora", config.loop.seed):

@@ -212,7 +212,7 @@ class SubjectRecipe:
             with torch.no_grad(), self._autocast():
                 self.states = torch.cat([sd.text_encoder(ids) for ids in self.ids.split(16)]).to(dtype)
             for weight in sd.text_encoder.parameters():
-                forget_file_pages(weight)  # until a sheet asks it again
+                forget_file_pages(weight)  # it is not asked again but for sheets
 
     def __len__(self) -> int:
         return len(self.photos)

@@ -30,17 +30,21 @@ def copied(network: nn.Module, *, learn: bool, half: bool = False) -> nn.Module:
     matrices and kernels become bfloat16, to which autocast would round them at each use: the same numbers in half of
     the memory.
     """
-    half = half and not learn
-    if not (learn or half):
-        channels_last(network)  # here, or the copy would hold the convolutions a second time
-    matrices = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {id(m.weight): m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     memo = {}
     for weight in network.parameters():
-        dtype = torch.bfloat16 if half and id(weight) in matrices else torch.promote_types(weight.dtype, torch.float32)
-        own = weight.detach().to(dtype, copy=learn)
-        if weight.ndim == 4 and weight.device.type == "cpu":
-            own = own.contiguous(memory_format=torch.channels_last)  # as `tune` wants it, by a second copy
-        if own.data_ptr() != weight.data_ptr():
+        layer = layers.get(id(weight))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if half and not learn and layer is not None:
+            dtype = torch.bfloat16
+        if not learn and dtype == weight.dtype:
+            if layer is not None:
+                channels_last(layer)  # here, or the copy would hold a convolution a second time
+            own = weight.detach()
+        else:
+            kernel = isinstance(layer, nn.Conv2d) and weight.device.type == "cpu"
+            layout = torch.channels_last if kernel else torch.preserve_format  # as `tune` wants it
+            own = torch.empty_like(weight.detach(), dtype=dtype, memory_format=layout).copy_(weight.detach())
             forget_file_pages(weight.detach())
         memo[id(weight)] = nn.Parameter(own, requires_grad=learn)
     return deepcopy(network, memo)
