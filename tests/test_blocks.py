@@ -61,10 +61,10 @@ def test_what_is_cheap_is_computed_again_for_the_same_gradient(layer, x, more, k
         held = sum(event.self_cpu_memory_usage for event in seen.events() if hasattr(event, "self_cpu_memory_usage"))
         return held / x.nbytes, [own.grad, *(p.grad.clone() for p in layer.parameters())]
 
+    monkeypatch.setattr("minisd.nn.recomputed.LARGE", 0)
     learn()  # what is allocated once
     held, gradients = learn()
-    for module in ("blocks", "transformer"):
-        monkeypatch.setattr(f"minisd.nn.{module}.recomputed", lambda function, *inputs: function(*inputs))
+    monkeypatch.undo()  # these tensors are small
     plain_held, plain = learn()
     assert held == pytest.approx(kept, rel=0.02)
     assert plain_held == pytest.approx(otherwise, rel=0.02)
