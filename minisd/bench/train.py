@@ -28,7 +28,6 @@ from minisd.config import SD1, ModelConfig
 Method = Literal["textual-inversion", "lora", "dreambooth"]
 METHODS = get_args(Method)
 TOKEN, CLASS, RANK = "sks", "dog", 8
-ROUNDING = 2**-8  # of one bfloat16 number: two losses may come nearer by chance, the judge's and ours
 
 
 @dataclass(frozen=True)
@@ -235,5 +234,5 @@ def _hold_together(
     for each, loss in losses.items():
         found.results[each].distance = distance(loss, expected)
     judged = found.results[name].distance if name else None
-    allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and max(NO_FURTHER * judged, ROUNDING)
+    allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and NO_FURTHER * judged
     found.results["minisd"].allowed = allowed

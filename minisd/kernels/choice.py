@@ -23,8 +23,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     (2 cores, with AMX and without, torch 2.14), so that training in half precision takes "sdpa32" there; but 0.86 to
     0.94 of that time, and half of the memory, at LARGE keys and more (AVX-512-BF16: 1024 of width 40, 256 of width 160,
     up to 9216 of 40). Its forward in bfloat16 took 1.9 times as long as "blocked" at 4096 tokens of width 40, and 1.8
-    times at 576 of width 64, by 2 cores with
-    AVX-512-BF16; with AMX it is quick.
+    times at 576 of width 64, by 2 cores with AVX-512-BF16 (by older ones the same time); with AMX it is quick.
     """
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     (b, n, i, d), m = q.shape, k.shape[1]
