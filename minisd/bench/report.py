@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -123,24 +123,33 @@ def markdown(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines())
 
 
-def publish(reports: Sequence[Report], options: Options) -> int:
-    """Print the tables, write what was asked for; 1 where a result of minisd is wrong, else 0."""
+def publish(reports: Iterable[Report], options: Options) -> int:
+    """Print tables and write what was asked for; 1 where a result of minisd is wrong, else 0.
+
+    Reports may be measured while they are asked for: where the last is never done, the others are printed and written.
+    """
+    done = []
     for report in reports:
         print(report.markdown() + "\n", flush=True)
-    if options.json is not None:
-        from minisd.record.files import write_whole
-
-        found = [report.as_json() for report in reports]
-        text = json.dumps(found[0] if len(found) == 1 else joined(found), indent=1, allow_nan=False)
-        write_whole(options.json, lambda file: file.write(text.encode()))
+        done.append(report)
+        if options.json is not None:
+            write_json(done, options.json)
     if options.plot is not None:
         from minisd.bench.picture import draw
 
-        print(draw(reports, options.plot))
-    wrong = [f"{report.subject}, {sentence}" for report in reports for sentence in report.wrong()]
+        print(draw(done, options.plot))
+    wrong = [f"{report.subject}, {sentence}" for report in done for sentence in report.wrong()]
     for sentence in wrong:
         print(f"WRONG RESULT: {sentence}")
     return 1 if wrong else 0
+
+
+def write_json(reports: Sequence[Report], path: Path) -> None:
+    from minisd.record.files import write_whole
+
+    found = [report.as_json() for report in reports]
+    text = json.dumps(found[0] if len(found) == 1 else joined(found), indent=1, allow_nan=False)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def joined(found: list[dict]) -> dict:

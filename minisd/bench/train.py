@@ -66,13 +66,22 @@ class Training:
         return torch.full((self.batch,), self.config.schedule.num_timesteps // 2, device=self.device)
 
 
-def with_the_first(step: Callable[[], Tensor]) -> Run:
-    """What is measured of a contender: the step, which gives its loss beside that of the first, taken here.
+def with_the_first(unet: nn.Module, step: Callable[[], object]) -> Run:
+    """What is measured of a contender: the step, which gives the U-Net's output beside that of the first, taken here.
 
-    The second loss hangs on the whole of the first step: backward, clipping, optimiser.
+    The second output hangs on the whole of the first step: backward, clipping, optimiser. Outputs and not losses, which
+    are two numbers: how far those are off in bfloat16 is mostly chance.
     """
-    first = step()
-    return lambda: torch.stack([first, step()])
+    outputs: list[Tensor] = []
+    unet.register_forward_hook(lambda _, __, output: outputs.append(getattr(output, "sample", output).detach()))
+
+    def run() -> Tensor:
+        del outputs[1:]
+        step()
+        return torch.stack(outputs)
+
+    step()
+    return run
 
 
 @torch.no_grad()
@@ -117,7 +126,7 @@ def minisd(folder: Path, case: Training) -> Run:
     batch = Batch(x_0, noise, case.t, first, torch.ones_like(x_0[:, :1]))
 
     @torch.enable_grad()
-    def step() -> Tensor:  # a step of training.loop.train
+    def step() -> None:  # a step of training.loop.train
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
             loss = recipe.losses(batch)["loss"]
         loss.backward()
@@ -126,9 +135,8 @@ def minisd(folder: Path, case: Training) -> Run:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return loss.detach()
 
-    return with_the_first(step)
+    return with_the_first(networks["unet"], step)
 
 
 def diffusers(folder: Path, case: Training) -> Run:
@@ -158,7 +166,7 @@ def diffusers(folder: Path, case: Training) -> Run:
     prompt = "a <sks>" if case.method == "textual-inversion" else f"a {TOKEN} {CLASS}"
     ids = tokenizer([prompt] * case.batch).to(case.device)
     batch = examples.Batch(*case.latents_and_noise(), case.t, ids)
-    return with_the_first(torch.enable_grad()(lambda: example.step(batch)))
+    return with_the_first(models.unet, torch.enable_grad()(lambda: example.step(batch)))
 
 
 CONTENDERS = {"minisd": minisd, "diffusers": diffusers}
@@ -191,16 +199,16 @@ def bench_train(
 
 
 def _measure(case: Training, programs: Mapping[str, Program], folder: Path, options: Pictures) -> Measured:
-    """The contenders in turn, one process at a time. The losses of two steps are what they must agree on."""
+    """The contenders in turn, one process at a time. What the U-Net put out in two steps is what they must agree on."""
     found = Measured(case.label, {name: Result() for name in programs}, case.flop())
-    losses: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.ndarray] = {}
     for i in range(options.pairs):
         names = [name for name in programs if not found.results[name].failed]
         for name in names if i % 2 == 0 else reversed(names):
             result = found.results[name]
             try:
                 with Worker(partial(programs[name], folder, case), options.device) as worker:
-                    losses[name] = worker.output()
+                    outputs[name] = worker.output()
                     result.seconds.append(worker.seconds())
                     result.peak = max(result.peak or 0, worker.peak())
             except Failed as error:
@@ -209,30 +217,30 @@ def _measure(case: Training, programs: Mapping[str, Program], folder: Path, opti
                 found.results[name] = failed(found, name, error)
         times = ", ".join(f"{name} {r.seconds[-1]:.3g} s" for name, r in found.results.items() if r.seconds)
         say(found, f"pair {i + 1} of {options.pairs}: {times}")
-    _hold_together(found, losses, case, programs, folder)
+    _hold_together(found, outputs, case, programs, folder)
     return found
 
 
 def _hold_together(
-    found: Measured, losses: dict[str, np.ndarray], case: Training, programs: Mapping[str, Program], folder: Path
+    found: Measured, outputs: dict[str, np.ndarray], case: Training, programs: Mapping[str, Program], folder: Path
 ) -> None:
-    """Every contender's losses against the judge's in float32."""
+    """Every contender's outputs against the judge's in float32."""
     reference = judge(CONTENDERS)
     if reference is None:
         return
-    name = next((name for name, program in programs.items() if program is reference and name in losses), None)
+    name = next((name for name, program in programs.items() if program is reference and name in outputs), None)
     if case.dtype == "float32" and name:
-        expected = losses[name]
+        expected = outputs[name]
     else:
         try:
             exact = replace(case, dtype="float32")
             with Worker(partial(reference, folder, exact), case.device) as worker:
                 expected = worker.output()
         except Failed as error:
-            print(f"no loss in float32 to compare with: {error}", file=sys.stderr)
+            print(f"no result in float32 to compare with: {error}", file=sys.stderr)
             return
-    for each, loss in losses.items():
-        found.results[each].distance = distance(loss, expected)
+    for each, output in outputs.items():
+        found.results[each].distance = distance(output, expected)
     judged = found.results[name].distance if name else None
     allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and NO_FURTHER * judged
     found.results["minisd"].allowed = allowed

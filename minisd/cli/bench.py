@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -110,14 +111,17 @@ def bench_all(*, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 2
     known = {name for _, contenders in subjects for name in contenders}
     if strangers := [name for name in options.peers or () if name not in known | {"none"}]:
         raise ValueError(f"unknown peer {strangers[0]!r}; known: none, {', '.join(sorted(known - {'minisd'}))}")
-    reports, code = [], 0
-    for measure, contenders in subjects:
-        try:
-            reports.append(measure(shared_with(contenders, options)))
-        except (Failed, ValueError) as error:  # what the others took half an hour for is kept
-            print(f"minisd: {error}", file=sys.stderr)
-            code = 1
-    return publish(reports, options) or code
+    failures = []
+
+    def reports() -> Iterator[Report]:
+        for measure, contenders in subjects:
+            try:
+                yield measure(shared_with(contenders, options))
+            except (Failed, ValueError) as error:  # what the others take half an hour for is kept
+                print(f"minisd: {error}", file=sys.stderr)
+                failures.append(error)
+
+    return publish(reports(), options) or int(bool(failures))
 
 
 def check(options: Options) -> None:
@@ -133,7 +137,7 @@ def check(options: Options) -> None:
         check_figure(options.plot)
 
 
-def publish(reports: list[Report], options: Options) -> int:
+def publish(reports: Iterable[Report], options: Options) -> int:
     from minisd.bench.report import publish
 
     return publish(reports, options)
