@@ -9,34 +9,15 @@ from mmap import PAGESIZE
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lively import lively
 from torch.profiler import profile
 
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.models.unet import Conditioning
-from minisd.nn.blocks import Conv3x3, ResBlock, conv3x3_as_product
+from minisd.nn.blocks import ResBlock
+from minisd.nn.conv3x3 import Conv3x3
 from minisd.nn.transformer import FeedForward
 from minisd.nn.tuning import TOKENS, channels_last, forget_file_pages, tune
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("b", "h", "w"), [(1, 1, 1), (2, 8, 8), (3, 5, 7)])
-def test_a_convolution_as_a_product_is_the_convolution(memory_format, b, h, w):
-    g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(b, 6, h, w, generator=g).double(), torch.randn(4, 6, 3, 3, generator=g).double()
-    x, weight = (y.contiguous(memory_format=memory_format) for y in (x, weight))
-    bias = torch.randn(4, generator=g).double()
-    expected = F.conv2d(x, weight, bias, padding=1)
-    torch.testing.assert_close(conv3x3_as_product(x, weight, bias), expected, atol=1e-13, rtol=0)
-
-
-@pytest.mark.parametrize(("side", "product"), [(4, True), (16, False)])
-def test_few_pixels_and_many_weights_take_the_product(monkeypatch, side, product):
-    taken = []
-    monkeypatch.setattr("minisd.nn.blocks.conv3x3_as_product", lambda *args: taken.append(True) or args[0])
-    Conv3x3(64, 64)(torch.randn(1, 64, side, side))
-    assert bool(taken) == product
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
             large = q.dtype == torch.bfloat16 and m * d >= LARGE
             return "sdpa32" if q.dtype.itemsize == 2 and not large else "sdpa"
         large = q.dtype == torch.bfloat16 and not causal and min(n, m) >= 512
-        return "blocked" if large and not _transformed() and blocks_are_quick() else "sdpa"
+        return "blocked" if large and not is_transformed() and blocks_are_quick() else "sdpa"
     if q.device.type != "cuda" or causal:
         return "sdpa"
     quickest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)
@@ -40,7 +40,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     return "sdpa" if ours and why_not_fused(q, k, v, causal, scale, hopper=quickest == "hopper") else quickest
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether this is being compiled, or mapped by torch.func: no results can then be written into given tensors."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from minisd.config import VAEConfig
 from minisd.models.vae import VAE, DiagonalGaussian, check_sides
 from minisd.nn.blocks import Downsample, ResBlock, Upsample
+from minisd.nn.conv3x3 import conv3x3
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def downsample(layer: Downsample, stripes: Iterable[Tensor]) -> Iterator[Tensor]
 def convolve(conv: nn.Conv2d, stripes: Iterable[Tensor]) -> Iterator[Tensor]:
     """A 3×3 convolution with padding 1."""
     for window in with_halo(stripes):
-        yield F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
+        yield conv3x3(window, conv.weight, conv.bias, padding=(0, 1))
 
 
 def with_halo(stripes: Iterable[Tensor], *, above: bool = True) -> Iterator[Tensor]:

@@ -6,9 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from minisd.nn.conv3x3 import Conv3x3
 from minisd.nn.recomputed import recomputed
 
 
@@ -49,28 +49,6 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=True)
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution with padding 1: on a CPU, where few pixels meet many weights, as one matrix product.
-
-    oneDNN reorders all weights of a convolution at every call, and those of a product it does not: at 8×8 pixels and
-    1280 channels that was half of the time.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        few_pixels = x.device.type == "cpu" and self.weight.numel() > 16 * x.numel()
-        return conv3x3_as_product(x, self.weight, self.bias) if few_pixels else super().forward(x)
-
-
-def conv3x3_as_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=1), of every pixel's 3×3 neighbours laid out in a row; x 'b c h w'."""
-    windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
-    windows = rearrange(windows, "b c h w y x -> b h w (y x c)")
-    return rearrange(F.linear(windows, rearrange(weight, "o c y x -> o (y x c)"), bias), "b h w o -> b o h w")
-
-
 class Downsample(nn.Module):
     """A convolution of stride 2. The U-Net pads all round, the VAE only right and below (symmetric=False)."""
 
@@ -88,7 +66,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         # interpolate's uint8-free path supports bfloat16 and channels-last; "nearest" repeats pixels exactly
