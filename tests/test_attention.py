@@ -1,9 +1,6 @@
 """softmax(q kᵀ · scale) v: every implementation is the formula."""
 
 import re
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,13 +9,11 @@ from einops import rearrange
 
 from minisd import attention, kernels
 from minisd.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
-from minisd.kernels.attention import _bfloat16_products
 from minisd.kernels.choice import choose
 from minisd.models.attention_maps import attention_weights
 
-EVERYWHERE = [
-    name for name in IMPLEMENTATIONS if name not in ("fused", "hopper")
-]  # its own tests: test_fused_attention.py
+# the others have their own tests: test_avx512_attention.py, test_fused_attention.py
+EVERYWHERE = [name for name in IMPLEMENTATIONS if name not in ("avx512", "fused", "hopper")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # rounding of dtype
 
 
@@ -56,7 +51,7 @@ def test_every_attention_impl_agrees(impl, dtype, n, m, i, d, causal, scale):
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("impl", [name for name in EVERYWHERE if name != "blocked"])
+@pytest.mark.parametrize("impl", EVERYWHERE)
 def test_every_attention_impl_has_the_right_gradients(impl):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 5, generator=g, dtype=torch.float64, requires_grad=True) for n in (4, 6, 6))
@@ -98,118 +93,6 @@ def test_scores_near_minus_200_do_not_vanish(impl):
     torch.testing.assert_close(attention(q, k, v, impl=impl).double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 16, 40])
-def test_blocks_of_queries_make_the_same_whole(dtype, causal, rows, monkeypatch):
-    g = torch.Generator().manual_seed(rows)
-    q, k, v = (torch.randn(2, 16, 3, 8, generator=g).to(dtype) for _ in range(3))
-    monkeypatch.setattr(sys.modules["minisd.kernels.attention"], "BLOCK", rows * 16)
-    out = attention(q, k, v, causal=causal, impl="blocked")
-    expected = by_hand(q, k, v, causal, 8**-0.5)
-    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-def test_blocks_keep_their_scores_in_float32():
-    """Scores near 100 in bfloat16 are off by up to 0.25, and weights by a quarter."""
-    g = torch.Generator().manual_seed(6)
-    q = torch.full((1, 64, 1, 4), 10.0).bfloat16()
-    k = (10 + torch.rand(1, 64, 1, 4, generator=g) / 4).bfloat16()
-    v = torch.randn(1, 64, 1, 4, generator=g).bfloat16()
-    out = attention(q, k, v, scale=0.25, impl="blocked")
-    assert (out.double() - by_hand(q, k, v, False, 0.25)).abs().max() < 2**-8
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="PyTorch before 2.9 has no such setting")
-def test_blocks_leave_the_precision_of_other_products_as_it_was():
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    q = torch.ones(1, 4, 1, 4, dtype=torch.bfloat16)
-    attention(q, q, q, impl="blocked")
-    with pytest.raises(KeyboardInterrupt), _bfloat16_products.used(True):
-        raise KeyboardInterrupt
-    assert settings.fp32_precision == before
-    with _bfloat16_products.used(True):
-        attention(q, q, q, impl="blocked")
-        assert settings.fp32_precision == "bf16"  # until the last one is done
-    assert settings.fp32_precision == before
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="PyTorch before 2.9 has no such setting")
-def test_blocks_let_products_inherit_their_precision_as_before():
-    q, parent = torch.ones(1, 4, 1, 4, dtype=torch.bfloat16), torch.backends.mkldnn
-    attention(q, q, q, impl="blocked")
-    before = parent.fp32_precision
-    try:
-        for said in ("bf16", "ieee"):
-            parent.fp32_precision = said
-            attention(q, q, q, impl="blocked")
-            assert parent.matmul.fp32_precision == said
-    finally:
-        parent.fp32_precision = before
-
-
-def test_blocks_in_many_threads_leave_it_as_it_was_too():
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    before = settings and settings.fp32_precision
-    q = torch.ones(1, 8, 4, 4, dtype=torch.bfloat16)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: attention(q, q, q, impl="blocked"), range(400)))
-    assert (settings and settings.fp32_precision) == before
-
-
-@pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
-def test_blocks_of_nothing_are_as_pytorchs_own(n, m):
-    q, k = torch.ones(2, n, 1, 4), torch.ones(2, m, 1, 4)
-    assert torch.equal(attention(q, k, k, impl="blocked"), attention(q, k, k, impl="sdpa"))
-
-
-def test_auto_can_be_mapped_where_a_cpu_would_take_blocks(monkeypatch):
-    monkeypatch.setattr(sys.modules["minisd.kernels.choice"], "blocks_are_quick", lambda: True)
-    q, k, v = torch.randn(3, 2, 1, 512, 1, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
-    naive, near = partial(attention, impl="naive"), {"atol": TOLERANCE[q.dtype], "rtol": TOLERANCE[q.dtype]}
-    assert choose(q[0], k[0], v[0], False, 1.0) == "blocked"
-    for dims, given in ((0, (q, k, v)), ((None, 0, 0), (q[0], k, v)), ((0, None, None), (q, k[0], v[0]))):
-        mapped = (torch.vmap(f, in_dims=dims)(*given) for f in (attention, naive))
-        torch.testing.assert_close(*mapped, **near)
-
-
-def test_auto_is_compiled_in_one_piece_where_a_cpu_would_take_blocks():
-    q = torch.randn(1, 512, 1, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
-    with torch.no_grad():
-        compiled = torch.compile(attention, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(q, q, q), attention(q, q, q), atol=TOLERANCE[q.dtype], rtol=0)
-
-
-def test_blocks_refuse_to_be_trained():
-    q = torch.ones(1, 2, 1, 4, requires_grad=True)
-    with pytest.raises(ValueError, match="attention's impl 'blocked' has no gradient"):
-        attention(q, q, q, impl="blocked")
-
-
-@pytest.mark.parametrize(
-    ("cpu", "threads", "tokens", "dtype", "causal", "picked"),
-    [
-        ({"avx512_bf16"}, 2, 1024, torch.bfloat16, False, "blocked"),
-        ({"avx512_bf16"}, 2, 1024, torch.float32, False, "sdpa"),
-        ({"avx512_bf16"}, 2, 1024, torch.bfloat16, True, "sdpa"),
-        ({"avx512_bf16"}, 2, 77, torch.bfloat16, False, "sdpa"),
-        ({"avx512_bf16"}, 32, 1024, torch.bfloat16, False, "sdpa"),
-        ({"avx512_bf16", "amx_tile"}, 2, 1024, torch.bfloat16, False, "sdpa"),
-        (set(), 2, 1024, torch.bfloat16, False, "sdpa"),
-    ],
-)
-def test_auto_takes_blocks_only_where_they_were_measured_to_win(
-    cpu, threads, tokens, dtype, causal, picked, monkeypatch
-):
-    for name in ("avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=name in cpu: has, raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(torch.backends.mkldnn, "matmul", object(), raising=False)
-    q, k = (torch.empty(1, n, 1, 8, dtype=dtype) for n in (1024, tokens))
-    assert choose(q, k, k, causal, 1.0) == picked
-
-
 @pytest.mark.parametrize(
     ("keys", "width", "dtype", "picked"),
     [
@@ -221,8 +104,8 @@ def test_auto_takes_blocks_only_where_they_were_measured_to_win(
         (77, 40, torch.float32, "sdpa"),
     ],
 )
-def test_auto_trains_few_keys_in_float32_on_a_cpu_and_never_in_blocks(keys, width, dtype, picked, monkeypatch):
-    monkeypatch.setattr("minisd.kernels.choice.blocks_are_quick", lambda: True)
+def test_auto_trains_few_keys_in_float32_on_a_cpu(keys, width, dtype, picked, monkeypatch):
+    monkeypatch.setattr("minisd.kernels.choice.own_kernel_is_quick", lambda: True)
     q, k = (torch.empty(1, n, 1, width, dtype=dtype) for n in (1024, keys))
     q.requires_grad_()
     assert choose(q, k, k, False, 1.0) == picked
@@ -232,7 +115,7 @@ def test_an_unknown_impl_is_refused_with_the_known_ones():
     q = torch.zeros(1, 2, 1, 4)
     with pytest.raises(
         ValueError,
-        match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, sdpa32, blocked, fused, hopper",
+        match="unknown attention impl 'flash'; known: auto, naive, matmul, sdpa, sdpa32, avx512, fused, hopper",
     ):
         attention(q, q, q, impl="flash")
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import product
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from minisd.kernels.avx512 import avx512_attention
 from minisd.kernels.choice import choose
 from minisd.kernels.fused import fused_attention
-
-BLOCK = 2**21  # scores at a time, 8 MB in float32: half or twice took 5 to 15 % longer (4096 tokens, 2 EPYC cores)
 
 
 def attention(
@@ -26,12 +20,9 @@ def attention(
     q: 'b n i d'; k, v: 'b m i d', all of one floating dtype, which is the result's too. Returns 'b n i d'. Scores and
     softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
     impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, and "hopper", with a forward for
-    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask; "blocked" has no gradient and is not for
-    torch.func. "auto" is PyTorch's own, except where another was measured to be quicker (choice.py). ValueError for an
-    unknown impl, shapes that do not fit, and where these cannot run.
-
-    "blocked" in bfloat16, which "auto" takes on some CPUs, lets products of float32 matrices in this process take
-    bfloat16 factors while it runs: do not compute in float32 in another thread beside it.
+    the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask; "avx512", for CPUs, takes float32 and bf16, no
+    causal mask, and has no gradient. "auto" is PyTorch's own, except where another was measured to be quicker
+    (choice.py). ValueError for an unknown impl, shapes that do not fit, and where these cannot run.
     """
     check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -94,70 +85,9 @@ def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
         return _sdpa(q.to(wide), k.to(wide), v.to(wide), causal, scale).to(q.dtype)
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """The three operations of _matmul on as many queries of one head as keep their scores in a CPU's cache.
-
-    In bfloat16 every product runs at the speed of large matrices; scores and softmax are at least float32 all the same.
-    """
-    if _needs_gradient(q, k, v):
-        raise ValueError("attention's impl 'blocked' has no gradient: use 'auto', or torch.no_grad()")
-    if not q.numel() or not k.numel():
-        return torch.zeros_like(q)  # of no keys, as PyTorch's own
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    (images, n, heads, _), m = q.shape, k.shape[1]
-    block = max(1, min(n, BLOCK // m))
-    out = torch.empty_like(q)
-    # written again and again: a new tensor for each block took a sixth longer
-    all_scores = q.new_empty(block, m, dtype=accumulate)
-    all_weights = all_scores if accumulate == v.dtype else v.new_empty(block, m)
-    with torch.autocast(q.device.type, enabled=False), _bfloat16_products.used(q.dtype == torch.bfloat16):
-        for image, head in product(range(images), range(heads)):
-            queries, keys = (x[image, :, head].to(accumulate) for x in (q, k))
-            values = v[image, :, head].contiguous()
-            for start, rows in zip(range(0, n, block), queries.split(block), strict=True):
-                scores, weights = all_scores[: len(rows)], all_weights[: len(rows)]
-                torch.addmm(scores, rows, keys.mT, beta=0, alpha=scale, out=scores)  # a product, scaled as it is made
-                if causal:
-                    scores.masked_fill_(_future(scores, start), float("-inf"))
-                torch.softmax(scores, -1, out=scores)
-                out[image, start : start + block, head] = weights.copy_(scores) @ values
-    return out
-
-
-class _BFloat16Products:
-    """While used: a CPU's products of float32 matrices take bfloat16 factors, with sums in float32.
-
-    Exact where the factors are bfloat16 numbers; PyTorch's products of bfloat16 tensors would round the sums. This is a
-    setting of the whole process, so that products in other threads take it too while it lasts: the first user sets
-    it, the last one restores what was there.
-    """
-
-    def __init__(self):
-        self.users, self.before, self.lock = 0, "none", threading.Lock()
-
-    @contextmanager
-    def used(self, wanted: bool) -> Iterator[None]:
-        settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-        if not wanted or settings is None:
-            yield
-            return
-        counted = False
-        try:
-            with self.lock:
-                if not self.users:
-                    inherited = settings.fp32_precision == torch.backends.mkldnn.fp32_precision
-                    self.before = "none" if inherited else settings.fp32_precision
-                self.users, counted = self.users + 1, True
-                settings.fp32_precision = "bf16"
-            yield
-        finally:
-            with self.lock:
-                self.users -= counted
-                if counted and not self.users:
-                    settings.fp32_precision = self.before
-
-
-_bfloat16_products = _BFloat16Products()
+def _avx512(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """This package's kernel for CPUs (attention_avx512.cpp)."""
+    return avx512_attention(q, k, v, causal, scale)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -170,9 +100,9 @@ def _hopper(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
     return fused_attention(q, k, v, causal, scale, hopper=True)[0]
 
 
-def _future(scores: Tensor, first: int = 0) -> Tensor:
-    """Which keys come after their query, where the first row is query number `first`."""
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1 + first)
+def _future(scores: Tensor) -> Tensor:
+    """Which keys come after their query."""
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
@@ -184,7 +114,7 @@ IMPLEMENTATIONS = {
     "matmul": _matmul,
     "sdpa": _sdpa,
     "sdpa32": _sdpa32,
-    "blocked": _blocked,
+    "avx512": _avx512,
     "fused": _fused,
     "hopper": _hopper,
 }

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisd.kernels.avx512 import can_compile, cpu_has, why_not_avx512
 from minisd.kernels.fused import why_not_fused
 
 MEASURED = Path(__file__).with_name("measured.json")
 LARGE = 1024 * 40  # numbers in the keys of a head
+MANY = 2**20  # scores: below, a kernel's compilation at first use is not worth it
 MARGIN = 0.97  # of sdpa's time: differences below 3 % are within the spread of a measurement
 
 
@@ -22,8 +24,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     On a CPU PyTorch's backward in bfloat16 took 1.2 to 3.6 times as long as in float32 at the shapes of the mini model
     (2 cores, with AMX and without, torch 2.14), so that training in half precision takes "sdpa32" there; but 0.86 to
     0.94 of that time, and half of the memory, at LARGE keys and more (AVX-512-BF16: 1024 of width 40, 256 of width 160,
-    up to 9216 of 40). Its forward in bfloat16 took 1.9 times as long as "blocked" at 4096 tokens of width 40, and 1.8
-    times at 576 of width 64, by 2 cores with AVX-512-BF16 (by older ones the same time); with AMX it is quick.
+    up to 9216 of 40). Its forward took 2.1 times as long as "avx512" in bfloat16 and 1.2 times in float32 at 4096
+    tokens of width 40, 2.3 and 1.4 times with 77 keys, by 2 cores with AVX-512-BF16; with AMX it is quick.
     """
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     (b, n, i, d), m = q.shape, k.shape[1]
@@ -31,8 +33,9 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
         if training:
             large = q.dtype == torch.bfloat16 and m * d >= LARGE
             return "sdpa32" if q.dtype.itemsize == 2 and not large else "sdpa"
-        large = q.dtype == torch.bfloat16 and not causal and min(n, m) >= 512
-        return "blocked" if large and not is_transformed() and blocks_are_quick() else "sdpa"
+        takes = b * i * n * m >= MANY and not is_transformed() and own_kernel_is_quick()
+        takes = takes and why_not_avx512(q, k, v, causal, scale) is None and can_compile(q.dtype, d)
+        return "avx512" if takes else "sdpa"
     if q.device.type != "cuda" or causal:
         return "sdpa"
     quickest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)
@@ -45,15 +48,9 @@ def is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def blocks_are_quick() -> bool:
-    """Whether this CPU is like the one where "blocked" won: AVX-512-BF16 without AMX, and few threads."""
-    has = {name: getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")}
-    return (
-        has["avx512_bf16"]
-        and not has["amx_tile"]
-        and hasattr(torch.backends.mkldnn, "matmul")
-        and torch.get_num_threads() <= 4
-    )
+def own_kernel_is_quick() -> bool:
+    """Whether this CPU is like those where "avx512" won: AVX-512-BF16 without AMX."""
+    return cpu_has("avx512_bf16") and not cpu_has("amx_tile")
 
 
 def _measured(device: int, dtype: str, heads: int, n: int, m: int, d: int, training: bool) -> str:
