@@ -48,23 +48,7 @@ def avx512_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     """
     if reason := why_not_avx512(q, k, v, causal, scale):
         raise ValueError(f"impl='avx512' {reason}: use impl='sdpa', or 'auto', which picks what can run")
-    run = kernel(q.dtype, q.shape[-1])
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype)
-    (images, queries, heads, width), keys, threads = q.shape, k.shape[1], torch.get_num_threads()
-    # a few tasks for each thread, so that all end at about the same time; keys are packed anew for every task
-    parts = max(1, 4 * threads // (images * heads))
-    tensors = (q, k, v, out)
-    strides = (Strides(*x.stride()[:3]) for x in tensors)
-    pointers = (x.data_ptr() for x in tensors)
-    problem = Problem(*pointers, *strides, images, queries, keys, heads, width, parts, 0, scale)
-    helpers = [Thread(target=run, args=(ctypes.byref(problem),)) for _ in range(threads - 1)]
-    for helper in helpers:
-        helper.start()
-    run(ctypes.byref(problem))
-    for helper in helpers:
-        helper.join()
-    return out
+    return torch.ops.minisd.attention_avx512(q, k, v, scale)
 
 
 def why_not_avx512(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
@@ -98,6 +82,42 @@ def _wrong_machine(dtype: torch.dtype) -> str | None:
 def cpu_has(feature: str) -> bool:
     """Whether PyTorch sees an instruction set; False where it cannot tell."""
     return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
+
+
+# ----------------------------------------------------------------------------------------------------------- operator
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    function = kernel(q.dtype, q.shape[-1])
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = _shape(q, k, v, scale)
+    (images, queries, heads, width), keys, threads = q.shape, k.shape[1], torch.get_num_threads()
+    # a few tasks for each thread, so that all end at about the same time; keys are packed anew for every task
+    parts = max(1, 4 * threads // (images * heads))
+    tensors = (q, k, v, out)
+    strides = (Strides(*x.stride()[:3]) for x in tensors)
+    pointers = (x.data_ptr() for x in tensors)
+    problem = Problem(*pointers, *strides, images, queries, keys, heads, width, parts, 0, scale)
+    helpers = [Thread(target=function, args=(ctypes.byref(problem),)) for _ in range(threads - 1)]
+    for helper in helpers:
+        helper.start()
+    function(ctypes.byref(problem))
+    for helper in helpers:
+        helper.join()
+    return out
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+_LIBRARY = torch.library.Library("minisd", "FRAGMENT")  # an operator, so that whoever watches PyTorch's sees it
+_LIBRARY.define("attention_avx512(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+_LIBRARY.impl("attention_avx512", _run, "CPU")
+torch.library.register_fake("minisd::attention_avx512", _shape, lib=_LIBRARY)
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
 
 
 def can_compile(dtype: torch.dtype, width: int) -> bool:

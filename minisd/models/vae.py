@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from minisd.config import VAEConfig
 from minisd.kernels import attention
 from minisd.nn.blocks import Downsample, ResBlock, Upsample
+from minisd.nn.tuning import give_back_freed_memory
+
+LARGE = 2**25  # bytes of a map
 
 
 class VAE(nn.Module):
@@ -128,6 +131,10 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for up in reversed(self.up):
             for block in up.block:
+                if x.nbytes >= LARGE and x.dtype.itemsize == 2:
+                    # glibc fits no aligned block into a hole of its size: the heap grows with every layer. 6.6 instead
+                    # of 6.2 s for 512 x 512 pixels, and 0.15 GB less at the peak; in float32 it costs more, for less
+                    give_back_freed_memory()
                 x = block(x)
             if up.upsample is not None:
                 x = up.upsample(x)
