@@ -86,8 +86,26 @@ def taken(monkeypatch, x, learns=False) -> list[str]:
     return seen
 
 
-def test_stripes_without_padding_above_take_the_same_forms():
+def test_a_bias_that_learns_alone_gets_its_gradient():
+    conv = Conv3x3(128, 128).requires_grad_(False)
+    conv.bias.requires_grad_(True)
+    conv(numbers(1, 128, 48, 48, dtype=torch.float32)).sum().backward()
+    torch.testing.assert_close(conv.bias.grad, torch.full((128,), 48.0 * 48.0))
+
+
+def test_products_of_rounded_factors_are_not_for_it(monkeypatch):
+    x, before = numbers(1, 128, 48, 48, dtype=torch.float32), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert taken(monkeypatch, x) == []
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert taken(monkeypatch, x) == ["conv3x3_winograd"]
+
+
+def test_stripes_without_padding_above_take_the_same_form():
     x, weight, bias = (y.float() for y in (numbers(1, 128, 50, 48), numbers(128, 128, 3, 3) / 34, numbers(128)))
     with torch.no_grad():
         found = conv3x3(x, weight, bias, padding=(0, 1))
     torch.testing.assert_close(found, F.conv2d(x, weight, bias, padding=(0, 1)), atol=1e-4, rtol=0)
+    assert not torch.equal(found, F.conv2d(x, weight, bias, padding=(0, 1)))  # by another way

@@ -10,6 +10,7 @@ from torch import Tensor
 from minisd.kernels.avx512 import avx512_attention
 from minisd.kernels.choice import choose
 from minisd.kernels.fused import fused_attention
+from minisd.kernels.modes import needs_gradient
 
 
 def attention(
@@ -57,7 +58,7 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
     """
     b, _, heads, _ = q.shape
     q, k, v = (rearrange(x, "b n i d -> (b i) n d") for x in (q, k, v))
-    if q.is_cuda and q.dtype.itemsize == 2 and torch.__version__ >= (2, 8) and not _needs_gradient(q, k, v):
+    if q.is_cuda and q.dtype.itemsize == 2 and torch.__version__ >= (2, 8) and not needs_gradient(q, k, v):
         scores = torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
     else:
         accumulate = torch.promote_types(q.dtype, torch.float32)
@@ -85,11 +86,6 @@ def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
         return _sdpa(q.to(wide), k.to(wide), v.to(wide), causal, scale).to(q.dtype)
 
 
-def _avx512(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """This package's kernel for CPUs (attention_avx512.cpp)."""
-    return avx512_attention(q, k, v, causal, scale)
-
-
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """This package's CUDA kernels (attention.cu)."""
     return fused_attention(q, k, v, causal, scale)[0]
@@ -105,16 +101,12 @@ def _future(scores: Tensor) -> Tensor:
     return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 IMPLEMENTATIONS = {
     "naive": _naive,
     "matmul": _matmul,
     "sdpa": _sdpa,
     "sdpa32": _sdpa32,
-    "avx512": _avx512,
+    "avx512": avx512_attention,
     "fused": _fused,
     "hopper": _hopper,
 }

@@ -9,36 +9,40 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
 
+namespace {
+
 constexpr int LANES = 16;        // floats in a register
 constexpr int QUERIES = 48;      // that a thread works on: a multiple of the rows of both products
 constexpr int KEYS = 4 * LANES;  // that they meet at a time
+constexpr float LEAST = -1e30f;  // below every score; less infinite than -∞, so that differences are numbers
 
 #if BFLOAT16
 using Number = uint16_t;
 using Numbers = __m512bh;
 constexpr int TOGETHER = 2;
-static Numbers load(const Number *p) { return (Numbers)_mm512_load_si512(p); }
-static Numbers broadcast(const Number *p) {
+Numbers load(const Number *p) { return (Numbers)_mm512_load_si512(p); }
+Numbers broadcast(const Number *p) {
     int32_t both;
     std::memcpy(&both, p, sizeof both);
     return (Numbers)_mm512_set1_epi32(both);
 }
-static __m512 multiply_add(__m512 sum, Numbers a, Numbers b) { return _mm512_dpbf16_ps(sum, a, b); }
-static void store(Number *p, __mmask16 some, __m512 x) {
+__m512 multiply_add(__m512 sum, Numbers a, Numbers b) { return _mm512_dpbf16_ps(sum, a, b); }
+void store(Number *p, __mmask16 some, __m512 x) {
     _mm256_mask_storeu_epi16(p, some, (__m256i)_mm512_cvtneps_pbh(x));
 }
 #else
 using Number = float;
 using Numbers = __m512;
 constexpr int TOGETHER = 1;
-static Numbers load(const Number *p) { return _mm512_load_ps(p); }
-static Numbers broadcast(const Number *p) { return _mm512_set1_ps(*p); }
-static __m512 multiply_add(__m512 sum, Numbers a, Numbers b) { return _mm512_fmadd_ps(a, b, sum); }
-static void store(Number *p, __mmask16 some, __m512 x) { _mm512_mask_storeu_ps(p, some, x); }
+Numbers load(const Number *p) { return _mm512_load_ps(p); }
+Numbers broadcast(const Number *p) { return _mm512_set1_ps(*p); }
+__m512 multiply_add(__m512 sum, Numbers a, Numbers b) { return _mm512_fmadd_ps(a, b, sum); }
+void store(Number *p, __mmask16 some, __m512 x) { _mm512_mask_storeu_ps(p, some, x); }
 #endif
 
 struct Strides {  // in numbers; a head's are next to one another
@@ -51,7 +55,7 @@ struct Problem {  // avx512.py has the same
     Strides q_strides, k_strides, v_strides, out_strides;
     int64_t images, queries, keys, heads, width;
     int64_t parts;  // of the queries of a head: images · heads · parts tasks
-    int64_t next;   // the first task that no thread has taken
+    int threads;
     float scale;
 };
 
@@ -69,7 +73,7 @@ class Aligned {  // zeros, at a multiple of a register's size
 };
 
 // 2^x, to 2e-7: a polynomial (the best of degree 5) between -1/2 and 1/2, times a power of two. Far below 0 it is 0.
-static inline __m512 exp2(__m512 x) {
+__m512 exp2(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(0.00132764713f);
     for (const float c : {0.00967554096f, 0.0555071309f, 0.240221202f, 0.693146944f, 1.00000012f})
@@ -107,7 +111,7 @@ struct Attention {
 
     void run(const Number *queries, int64_t rows, Number *to, const Problem &p) {
         for (int64_t r = 0; r < rows; r++) std::copy_n(queries + r * p.q_strides.token, width, q + r * width);
-        std::fill_n(static_cast<float *>(largest), QUERIES, -1e30f);
+        std::fill_n(static_cast<float *>(largest), QUERIES, LEAST);
         std::fill_n(static_cast<float *>(sums), QUERIES * LANES, 0.0f);
         std::fill_n(static_cast<float *>(out), QUERIES * WIDE, 0.0f);
         for (int64_t first = 0; first < p.keys; first += KEYS) {
@@ -135,7 +139,7 @@ struct Attention {
     template <int VECTORS>
     void score(int64_t first, int keys) {
         constexpr int ROWS = 6;
-        const __m512 factor = _mm512_set1_ps(scale), never = _mm512_set1_ps(-1e30f);
+        const __m512 factor = _mm512_set1_ps(scale), never = _mm512_set1_ps(LEAST);
         for (int row = 0; row < QUERIES; row += ROWS) {
             __m512 s[ROWS][VECTORS] = {};
             for (int64_t c = 0; c < width; c += TOGETHER) {
@@ -195,11 +199,11 @@ struct Attention {
 };
 
 // One thread's work: tasks as long as there are any. Each has some queries of one head.
-static void work(Problem &p) {
+void work(const Problem &p, std::atomic<int64_t> &next) {
     Attention mine(p);
     const int64_t blocks = (p.queries + QUERIES - 1) / QUERIES, each = (blocks + p.parts - 1) / p.parts;
     int64_t packed = -1, task;
-    while ((task = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED)) < p.images * p.heads * p.parts) {
+    while ((task = next++) < p.images * p.heads * p.parts) {
         const int64_t part = task % p.parts, head = task / p.parts % p.heads, image = task / p.parts / p.heads;
         const auto at = [&](const void *x, const Strides &s) {
             return static_cast<const Number *>(x) + image * s.image + head * s.head;
@@ -212,5 +216,17 @@ static void work(Problem &p) {
     }
 }
 
-// Every thread calls it with the same Problem; all is done when all of them have returned.
-extern "C" void attention(Problem *p) { work(*p); }
+}  // namespace
+
+// 1 where the memory for a head's keys and values is lacking, else 0.
+extern "C" int attention(const Problem *p) {
+    std::atomic<int64_t> next{0};  // the first task that no thread has taken
+    std::atomic<int> failed{0};
+#pragma omp parallel num_threads(p->threads)
+    try {
+        work(*p, next);
+    } catch (const std::bad_alloc &) {
+        failed = 1;
+    }
+    return failed;
+}

@@ -15,15 +15,17 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 
 import torch
 from torch import Tensor
 
+from minisd.kernels.modes import needs_gradient
+
 SOURCE = Path(__file__).with_name("attention_avx512.cpp")
-LANES = 16  # float32 in a register
+LANES, QUERIES = 16, 48  # of attention_avx512.cpp
 WIDEST = 160  # of the heads: Stable Diffusion's widest
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# with OpenMP: its threads are those of PyTorch, which would be in the way of others
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
 
 class Strides(ctypes.Structure):
@@ -36,7 +38,8 @@ class Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
         *((f"{name}_strides", Strides) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_int64) for name in ("images", "queries", "keys", "heads", "width", "parts", "next")),
+        *((name, ctypes.c_int64) for name in ("images", "queries", "keys", "heads", "width", "parts")),
+        ("threads", ctypes.c_int),
         ("scale", ctypes.c_float),
     ]
 
@@ -57,7 +60,7 @@ def why_not_avx512(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
         return f"runs on CPUs, and the tensors are on {q.device}"
     if causal:
         return "has no causal form"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if needs_gradient(q, k, v):
         return "has no gradient; torch.no_grad() would allow it"
     if q.dtype not in (torch.float32, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         return f"takes float32 or bfloat16, one for all, got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -71,11 +74,12 @@ def why_not_avx512(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
 
 
 def _wrong_machine(dtype: torch.dtype) -> str | None:
-    needed = ["avx512", "avx512_bf16"] if dtype == torch.bfloat16 else ["avx512"]
-    if missing := [name for name in needed if not cpu_has(name)]:
-        return f"needs a CPU with {missing[0].upper().replace('_', '-')}"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # its f, bw, dq and vl
+        return "needs a CPU with AVX-512"
+    if dtype == torch.bfloat16 and not cpu_has("avx512_bf16"):
+        return "needs a CPU with AVX-512-BF16"
     if compiler() is None:
-        return "needs Linux and a C++ compiler: install g++ or clang, or name one in CXX"
+        return "needs Linux and a C++ compiler: install g++, or name another in CXX"
     return None
 
 
@@ -88,47 +92,42 @@ def cpu_has(feature: str) -> bool:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3] or k.shape != v.shape:
+        raise ValueError(f"attention_avx512: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
+    if reason := why_not_avx512(q, k, v, False, scale):
+        raise ValueError(f"attention_avx512 {reason}")
     function = kernel(q.dtype, q.shape[-1])
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = _shape(q, k, v, scale)
+    out = _empty_result(q, k, v, scale)
     (images, queries, heads, width), keys, threads = q.shape, k.shape[1], torch.get_num_threads()
-    # a few tasks for each thread, so that all end at about the same time; keys are packed anew for every task
-    parts = max(1, 4 * threads // (images * heads))
-    tensors = (q, k, v, out)
-    strides = (Strides(*x.stride()[:3]) for x in tensors)
-    pointers = (x.data_ptr() for x in tensors)
-    problem = Problem(*pointers, *strides, images, queries, keys, heads, width, parts, 0, scale)
-    helpers = [Thread(target=function, args=(ctypes.byref(problem),)) for _ in range(threads - 1)]
-    for helper in helpers:
-        helper.start()
-    function(ctypes.byref(problem))
-    for helper in helpers:
-        helper.join()
+    # a few tasks for each thread, so that all end at about the same time
+    parts = min(-(-4 * threads // (images * heads)), -(-queries // QUERIES))
+    pointers = (x.data_ptr() for x in (q, k, v, out))
+    strides = (Strides(*x.stride()[:3]) for x in (q, k, v, out))
+    problem = Problem(*pointers, *strides, images, queries, keys, heads, width, parts, threads, scale)
+    if function(ctypes.byref(problem)):
+        raise MemoryError("attention: there is no memory left for the keys and values of a head")
     return out
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _empty_result(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape)
 
 
 _LIBRARY = torch.library.Library("minisd", "FRAGMENT")  # an operator, so that whoever watches PyTorch's sees it
 _LIBRARY.define("attention_avx512(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 _LIBRARY.impl("attention_avx512", _run, "CPU")
-torch.library.register_fake("minisd::attention_avx512", _shape, lib=_LIBRARY)
+torch.library.register_fake("minisd::attention_avx512", _empty_result, lib=_LIBRARY)
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
 
 
+@functools.cache
 def can_compile(dtype: torch.dtype, width: int) -> bool:
     """Whether the kernel is there; the first failure is told by a RuntimeWarning."""
-    return _compiled_or_warned(dtype, -(-width // LANES))
-
-
-@functools.cache
-def _compiled_or_warned(dtype: torch.dtype, columns: int) -> bool:
     try:
-        kernel(dtype, columns * LANES)
+        kernel(dtype, width)
     except (RuntimeError, OSError) as error:
         warnings.warn(
             f"PyTorch's own attention answers, for minisd's has failed: {error}", RuntimeWarning, stacklevel=2
@@ -137,48 +136,46 @@ def _compiled_or_warned(dtype: torch.dtype, columns: int) -> bool:
     return True
 
 
+@functools.cache
 def kernel(dtype: torch.dtype, width: int) -> Callable:
     """The compiled function of a dtype and head width. OSError or RuntimeError where that cannot be had."""
-    return _kernel(dtype == torch.bfloat16, -(-width // LANES))
-
-
-@functools.cache
-def _kernel(bfloat16: bool, columns: int) -> Callable:
-    own = ["-mavx512bf16"] if bfloat16 else []
-    options = [*FLAGS, *own, f"-DBFLOAT16={int(bfloat16)}", f"-DCOLUMNS={columns}"]
-    name = hashlib.sha256("\n".join([SOURCE.read_text(), compiler() or "", *options]).encode()).hexdigest()[:16]
-    with suppress(OSError):  # no home, or one that cannot be written to: compiled for this process alone
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minisd")
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / f"attention-{name}.so"
-        if not kept.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                os.replace(_compile(options, Path(place)), kept)
-        return _loaded(kept)
-    with tempfile.TemporaryDirectory() as place:
-        return _loaded(_compile(options, Path(place)))
-
-
-def _compile(options: list[str], folder: Path) -> Path:
-    path = folder / "attention.so"
-    done = subprocess.run([compiler(), *options, str(SOURCE), "-o", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{compiler()} cannot compile {SOURCE.name}: {done.stderr.strip()[:2000]}")
-    return path
+    own = ["-mavx512bf16", "-DBFLOAT16=1"] if dtype == torch.bfloat16 else ["-DBFLOAT16=0"]
+    options = [*FLAGS, *own, f"-DCOLUMNS={-(-width // LANES)}"]
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler(), *options]).encode()).hexdigest()
+    folder = _cache()
+    kept = folder and folder / f"attention-{digest[:16]}.so"
+    if kept and kept.exists():
+        with suppress(OSError):  # one that is damaged is made anew
+            return _loaded(kept)
+    with tempfile.TemporaryDirectory(prefix="minisd-") as place:
+        made = Path(place, "attention.so")
+        done = subprocess.run([compiler(), *options, str(SOURCE), "-o", str(made)], capture_output=True, check=False)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()
+            raise RuntimeError(f"{compiler()} cannot compile {SOURCE.name}: {said[:2000]}")
+        if kept:
+            with suppress(OSError):
+                os.replace(shutil.copy(made, f"{kept}.{os.getpid()}"), kept)
+        return _loaded(made)
 
 
 def _loaded(path: Path) -> Callable:
     function = ctypes.CDLL(str(path)).attention
-    function.argtypes, function.restype = [ctypes.POINTER(Problem)], None
+    function.argtypes, function.restype = [ctypes.POINTER(Problem)], ctypes.c_int
     return function
+
+
+def _cache() -> Path | None:
+    """This user's folder for what is compiled; None where there is none, or it is another's."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minisd")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder if folder.stat().st_uid == os.getuid() else None
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
 
 
 @functools.cache
 def compiler() -> str | None:
-    """The C++ compiler's path: what CXX names, else g++ or clang++; None where there is none that is known to work."""
-    names = [os.environ.get("CXX"), "g++", "clang++"]
-    return (
-        next((path for name in names if name and (path := shutil.which(name))), None)
-        if sys.platform == "linux"
-        else None
-    )
+    """The path of a C++ compiler that knows OpenMP: the program that CXX names, else g++; None where there is none."""
+    return shutil.which(os.environ.get("CXX") or "g++") if sys.platform == "linux" else None

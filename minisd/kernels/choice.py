@@ -1,4 +1,4 @@
-"""What impl="auto" runs: the form that was measured to be the quickest on this GPU and shape, else PyTorch's own."""
+"""What impl="auto" runs: the form that was measured to be the quickest for this machine and shape, else PyTorch's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minisd.kernels.avx512 import can_compile, cpu_has, why_not_avx512
 from minisd.kernels.fused import why_not_fused
+from minisd.kernels.modes import is_transformed, needs_gradient
 
 MEASURED = Path(__file__).with_name("measured.json")
 LARGE = 1024 * 40  # numbers in the keys of a head
@@ -19,7 +20,7 @@ MARGIN = 0.97  # of sdpa's time: differences below 3 % are within the spread of 
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
-    """The name of the form for these tensors: "sdpa" unless measured.json knows better for this GPU and shape.
+    """The name of the form for these tensors: "sdpa" unless measured.json, for GPUs, knows better, or these lines.
 
     On a CPU PyTorch's backward in bfloat16 took 1.2 to 3.6 times as long as in float32 at the shapes of the mini model
     (2 cores, with AMX and without, torch 2.14), so that training in half precision takes "sdpa32" there; but 0.86 to
@@ -27,13 +28,14 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     up to 9216 of 40). Its forward took 2.1 times as long as "avx512" in bfloat16 and 1.2 times in float32 at 4096
     tokens of width 40, 2.3 and 1.4 times with 77 keys, by 2 cores with AVX-512-BF16; with AMX it is quick.
     """
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    training = needs_gradient(q, k, v)
     (b, n, i, d), m = q.shape, k.shape[1]
     if q.device.type == "cpu":
         if training:
             large = q.dtype == torch.bfloat16 and m * d >= LARGE
             return "sdpa32" if q.dtype.itemsize == 2 and not large else "sdpa"
-        takes = b * i * n * m >= MANY and not is_transformed() and own_kernel_is_quick()
+        plain = not is_transformed() and not torch.is_autocast_enabled("cpu")
+        takes = b * i * n * m >= MANY and plain and own_kernel_is_quick()
         takes = takes and why_not_avx512(q, k, v, causal, scale) is None and can_compile(q.dtype, d)
         return "avx512" if takes else "sdpa"
     if q.device.type != "cuda" or causal:
@@ -41,11 +43,6 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
     quickest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)
     ours = quickest in ("fused", "hopper")
     return "sdpa" if ours and why_not_fused(q, k, v, causal, scale, hopper=quickest == "hopper") else quickest
-
-
-def is_transformed() -> bool:
-    """Whether this is being compiled, or mapped by torch.func: no results can then be written into given tensors."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def own_kernel_is_quick() -> bool:

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisd.kernels.choice import is_transformed
+from minisd.kernels.modes import is_transformed, needs_gradient
 
-SCRATCH = 2**23  # numbers in a part of what Winograd's form has in work, 32 MB
+SCRATCH = (
+    2**23
+)  # numbers: each part of the pixels that are in work, 32 MB; transformed weights take up to four times it
 # F(4×4, 3×3) of Lavin & Gray 2015, section 4.3: polynomials through the points 0, ±1, ±2, ∞. A tile of 6 numbers d and
 # 3 weights g give 4 sums of the tile's neighbours: OUTPUT((WEIGHTS g) · (INPUT d)), 6 products where there were 12.
 INPUT = [
@@ -47,7 +49,7 @@ class Conv3x3(nn.Conv2d):
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, *, padding: tuple[int, int] = (1, 1)) -> Tensor:
     """F.conv2d(x, weight, bias, padding=padding), up to rounding; x 'b c h w', weight 'o c 3 3'."""
-    if fewer_products_are_quicker(x, weight):
+    if fewer_products_are_quicker(x, weight, bias):
         return conv3x3_winograd(x, weight, bias, padding)
     return F.conv2d(x, weight, bias, padding=padding)
 
@@ -100,15 +102,20 @@ def conv3x3_winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int
     return rearrange(out[:, :height, :width], "b h w o -> b o h w")
 
 
-def fewer_products_are_quicker(x: Tensor, weight: Tensor) -> bool:
+def fewer_products_are_quicker(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether conv3x3_winograd is the one to take: on a CPU, in float32, where nothing is learnt.
 
     By 2 cores with AVX-512, at 2048 pixels and more, it took 0.85 of the direct form's time at 128 channels, 0.55 at
     320 and 0.45 at 640; below either, transforming weights and pixels cost more than it saved.
     """
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or learns:
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or needs_gradient(x, weight, bias):
         return False
-    if torch.is_autocast_enabled("cpu") or is_transformed():
+    if torch.is_autocast_enabled("cpu") or is_transformed() or not products_are_exact():
         return False
     return min(weight.shape[:2]) >= 128 and len(x) * x.shape[-2] * x.shape[-1] >= 2048
+
+
+def products_are_exact() -> bool:
+    """Whether float32 matrices are multiplied as such: what bfloat16 factors would lose, the transforms amplify."""
+    precision = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none")  # since torch 2.9
+    return torch.get_float32_matmul_precision() == "highest" and precision in ("none", "ieee")
