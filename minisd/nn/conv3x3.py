@@ -59,7 +59,7 @@ def conv3x3_winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int
     (up, left), (b, c, h, w), o = padding, x.shape, len(weight)
     height, width = h + 2 * up - 2, w + 2 * left - 2
     down, across = -(-height // 4), -(-width // 4)  # tiles, of which the last may go over the edge
-    to_input, to_weights, to_output = (torch.kron(m, m).to(x) for m in transforms())
+    to_input, to_weights, to_output = (torch.from_numpy(np.kron(m, m)).to(x) for m in transforms())
     out = x.new_empty(b, 4 * down, 4 * across, o)
     out_tiles = rearrange(out, "b (down y) (across x) o -> y x b down across o", y=4, x=4)
 
@@ -87,7 +87,7 @@ def conv3x3_winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int
 
 
 @functools.cache
-def transforms() -> tuple[Tensor, Tensor, Tensor]:
+def transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of 6 pixels '6 6', of 3 weights '6 3', and back to 4 sums '4 6', in float64: one row of a tile, by Toom and Cook.
 
     4 sums of 3 pixels each are coefficients of a product of two polynomials, known by its values at six points.
@@ -102,7 +102,7 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:
     infinity = np.eye(6)[5:]
     to_weights = np.concatenate([np.vander(points, 3, increasing=True) / np.array(scale)[:, None], infinity[:, 3:]])
     to_output = np.concatenate([np.vander(points, 4, increasing=True), infinity[:, 2:]]).T
-    return tuple(torch.from_numpy(matrix) for matrix in (to_input, to_weights, to_output))
+    return to_input, to_weights, to_output
 
 
 def fewer_products_are_quicker(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
