@@ -46,7 +46,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
 
 
 def own_kernel_is_quick() -> bool:
-    """Whether this CPU is like those where "avx512" won: AVX-512-BF16 without AMX."""
+    """Whether this CPU is like the one where "avx512" won: AVX-512-BF16 without AMX."""
     return cpu_has("avx512_bf16") and not cpu_has("amx_tile")
 
 
