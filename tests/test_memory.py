@@ -1,5 +1,6 @@
 """What a sampling will take is found without computing it, and agrees with what PyTorch's allocator then hands out."""
 
+import copy
 import os
 import sys
 from functools import partial
@@ -99,3 +100,21 @@ def test_small_samplings_are_not_measured_and_large_ones_are():
 def test_what_is_available_is_between_nothing_and_what_the_machine_has():
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert machine / 1000 < memory.available(torch.device("cpu")) <= machine
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learns", "given"),
+    [(torch.bfloat16, False, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
+)
+def test_large_blocks_of_a_decoding_in_half_precision_give_memory_back_first(dtype, learns, given, monkeypatch):
+    network, calls, sizes = copy.deepcopy(lively().vae).to(dtype), [], []
+    monkeypatch.setattr("minisd.models.vae.give_back_freed_memory", lambda: calls.append(True))
+    for block in (block for up in network.decoder.up for block in up.block):
+        block.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].nbytes))
+    with torch.set_grad_enabled(learns):
+        network.decode(z := torch.zeros(1, 4, 8, 8, dtype=dtype))
+        assert not calls  # all are small
+        large = [size for size in sizes if size == max(sizes)]
+        monkeypatch.setattr("minisd.models.vae.LARGE", max(sizes))
+        network.decode(z)
+    assert len(calls) == given * len(large)

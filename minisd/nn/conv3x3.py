@@ -53,13 +53,13 @@ def conv3x3_winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int
     """With a quarter of the multiplications: Winograd's minimal filtering, tile by tile (Lavin & Gray 2015, eq. 10-12).
 
     Each tile of 6×6 pixels and each filter is transformed to 36 numbers; there the convolution is 36 small products, of
-    matrices 'tiles c' and 'c o'; their results are transformed back to 4×4 pixels. It rounds twice
-    as coarsely as the direct sum (1.2e-6 of the result, in float32, where that has 0.7e-6). No gradient.
+    matrices 'tiles c' and 'c o'; their results are transformed back to 4×4 pixels. It rounds twice as coarsely as the
+    direct sum (1.2e-6 of the result, in float32, where that has 0.7e-6). No gradient.
     """
     (up, left), (b, c, h, w), o = padding, x.shape, len(weight)
     height, width = h + 2 * up - 2, w + 2 * left - 2
     down, across = -(-height // 4), -(-width // 4)  # tiles, of which the last may go over the edge
-    to_input, to_weights, to_output = (torch.from_numpy(np.kron(m, m)).to(x) for m in transforms())
+    to_input, to_weights, to_output = (torch.from_numpy(matrix).to(x) for matrix in transforms())
     out = x.new_empty(b, 4 * down, 4 * across, o)
     out_tiles = rearrange(out, "b (down y) (across x) o -> y x b down across o", y=4, x=4)
 
@@ -88,9 +88,10 @@ def conv3x3_winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int
 
 @functools.cache
 def transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of 6 pixels '6 6', of 3 weights '6 3', and back to 4 sums '4 6', in float64: one row of a tile, by Toom and Cook.
+    """Of 6×6 pixels '36 36', of 3×3 weights '36 9', and back to 4×4 sums '16 36', in float64, by Toom and Cook.
 
-    4 sums of 3 pixels each are coefficients of a product of two polynomials, known by its values at six points.
+    Along one side: 4 sums of 3 pixels each are coefficients of a product of polynomials, known by its values at six
+    points.
     """
     points = np.array(POINTS)
     others = [np.delete(points, i) for i in range(5)]
@@ -102,7 +103,7 @@ def transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     infinity = np.eye(6)[5:]
     to_weights = np.concatenate([np.vander(points, 3, increasing=True) / np.array(scale)[:, None], infinity[:, 3:]])
     to_output = np.concatenate([np.vander(points, 4, increasing=True), infinity[:, 2:]]).T
-    return to_input, to_weights, to_output
+    return tuple(np.kron(side, side) for side in (to_input, to_weights, to_output))
 
 
 def fewer_products_are_quicker(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
