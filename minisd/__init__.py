@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "attention": "minisd.kernels",
+    "attention": "minisd.runtime.kernels",
     "Conditioning": "minisd.models.unet",
     "load": "minisd.pipeline",
     "load_controlnet": "minisd.pipeline",

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minisd import tasks
-from minisd.checkpoints.embeddings import add_embedding, load_embeddings
+from minisd.adapters.embeddings import add_embedding, load_embeddings
+from minisd.adapters.lora import Lora, MergedLoras, load_lora
 from minisd.checkpoints.load import Checkpoint, load_checkpoint, load_network
-from minisd.checkpoints.lora import Lora, MergedLoras, load_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ModelConfig, Prediction, ScheduleConfig, Settings
 from minisd.diffusion.guidance import guided
@@ -26,15 +26,15 @@ from minisd.diffusion.prediction import Model, from_v, from_x_0
 from minisd.diffusion.schedule import Schedule, cosine_betas, linear_betas, scaled_linear_betas, zero_terminal_snr
 from minisd.diffusion.spacing import karras_sigmas, timesteps
 from minisd.models.controlnet import ControlNet
-from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
-from minisd.nn.tuning import tune
-from minisd.prompts import encode_prompts
-from minisd.tasks.cuda_graph import Graphed
+from minisd.runtime.cuda_graph import Graphed
+from minisd.runtime.offload import Offload, check_device
+from minisd.runtime.tuning import tune
 from minisd.tasks.nonfinite import nonfinite_error
-from minisd.tasks.offload import Offload, check_device
 from minisd.tasks.options import task_options
 from minisd.tasks.sampling import Sampling
+from minisd.text.prompts import encode_prompts
+from minisd.text.tokenizer import Tokenizer
 
 
 class StableDiffusion:

@@ -33,9 +33,9 @@ from emulated import Emulator  # noqa: E402
 from minisd.bench.attention import SHAPES, Shape, bench_attention, distance, timer  # noqa: E402
 from minisd.bench.options import Options  # noqa: E402
 from minisd.bench.report import Report, publish  # noqa: E402
-from minisd.kernels import attention, fused, launch  # noqa: E402
-from minisd.kernels.choice import MEASURED  # noqa: E402
-from minisd.kernels.nvrtc import arch_of, compile_kernel  # noqa: E402
+from minisd.runtime.kernels import attention, fused, launch  # noqa: E402
+from minisd.runtime.kernels.choice import MEASURED  # noqa: E402
+from minisd.runtime.kernels.nvrtc import arch_of, compile_kernel  # noqa: E402
 
 OURS = {"fused", "hopper"}
 CHOICES = ("sdpa", "fused", "hopper", "matmul")  # of `auto` on a GPU

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from minisd.kernels import hopper
-from minisd.kernels import launch as host
-from minisd.kernels.launch import Launch, Params
+from minisd.runtime.kernels import hopper
+from minisd.runtime.kernels import launch as host
+from minisd.runtime.kernels.launch import Launch, Params
 
 SHIM = Path(__file__).parent / "cuda_shim"
 KERNELS = Path(host.__file__).parent
@@ -30,7 +30,7 @@ class _Stats(ctypes.Structure):
 
 
 class Emulator:
-    """A launcher for minisd.kernels: `emulator(launch, params)`. `counts` sums what ran; schedule orders the warps."""
+    """A launcher for minisd.runtime.kernels: `emulator(launch, params)`. `counts` sums what ran; schedule orders the warps."""
 
     def __init__(self, schedule: int = 0):
         self.schedule, self.counts = schedule, Counter()

@@ -17,13 +17,13 @@ from training_tiny import MODEL
 
 from minisd.config import Settings
 from minisd.pipeline import StableDiffusion
-from minisd.training.dreambooth import DreamBoothConfig, train_dreambooth
-from minisd.training.lora import LoRAConfig, train_lora
 from minisd.training.options import LoopConfig, Run
-from minisd.training.photos import Photos
-from minisd.training.prior import PriorConfig
-from minisd.training.subject import SubjectConfig, SubjectRecipe, Validation
-from minisd.training.textual_inversion import TextualInversionConfig, train_textual_inversion
+from minisd.training.subject.dreambooth import DreamBoothConfig, train_dreambooth
+from minisd.training.subject.lora import LoRAConfig, train_lora
+from minisd.training.subject.photos import Photos
+from minisd.training.subject.prior import PriorConfig
+from minisd.training.subject.recipe import SubjectConfig, SubjectRecipe, Validation
+from minisd.training.subject.textual_inversion import TextualInversionConfig, train_textual_inversion
 
 RUN = Run(save_every=2, log_every=1, sample_every=3, quiet=True)
 LOOP = LoopConfig(steps=5, batch_size=2, lr=1e-3, warmup=0, ema=None)

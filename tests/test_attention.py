@@ -7,10 +7,11 @@ import pytest
 import torch
 from einops import rearrange
 
-from minisd import attention, kernels
-from minisd.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
-from minisd.kernels.choice import choose
+from minisd import attention
 from minisd.models.attention_maps import attention_weights
+from minisd.runtime import kernels
+from minisd.runtime.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
+from minisd.runtime.kernels.choice import choose
 
 # the others have their own tests: test_avx512_attention.py, test_fused_attention.py
 EVERYWHERE = [name for name in IMPLEMENTATIONS if name not in ("avx512", "fused", "hopper")]
@@ -105,7 +106,7 @@ def test_scores_near_minus_200_do_not_vanish(impl):
     ],
 )
 def test_auto_trains_few_keys_in_float32_on_a_cpu(keys, width, dtype, picked, monkeypatch):
-    monkeypatch.setattr("minisd.kernels.choice.own_kernel_is_quick", lambda: True)
+    monkeypatch.setattr("minisd.runtime.kernels.choice.own_kernel_is_quick", lambda: True)
     q, k = (torch.empty(1, n, 1, width, dtype=dtype) for n in (1024, keys))
     q.requires_grad_()
     assert choose(q, k, k, False, 1.0) == picked

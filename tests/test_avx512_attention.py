@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisd import attention
-from minisd.kernels import avx512, choice
-from minisd.kernels.choice import choose
+from minisd.runtime.kernels import avx512, choice
+from minisd.runtime.kernels.choice import choose
 
 HERE = [dtype for dtype in (torch.float32, torch.bfloat16) if not avx512._wrong_machine(dtype)]
 runs_here = pytest.mark.skipif(not HERE, reason="no AVX-512, or no C++ compiler")

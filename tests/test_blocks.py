@@ -15,9 +15,9 @@ from torch.profiler import profile
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.models.unet import Conditioning
 from minisd.nn.blocks import ResBlock
-from minisd.nn.conv3x3 import Conv3x3
 from minisd.nn.transformer import FeedForward
-from minisd.nn.tuning import TOKENS, channels_last, forget_file_pages, tune
+from minisd.runtime.conv3x3 import Conv3x3
+from minisd.runtime.tuning import TOKENS, channels_last, forget_file_pages, tune
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_memory_that_a_layer_frees_is_kept_for_the_next_unless_the_user_set_mall
     """Seen by the new pages that the system hands out for a second tensor, smaller than one that was freed."""
     program = """
 import resource, torch
-from minisd.nn.tuning import give_back_freed_memory, keep_freed_memory, tune
+from minisd.runtime.tuning import give_back_freed_memory, keep_freed_memory, tune
 tune(torch.nn.Linear(1, 1), torch.device("cpu"))
 
 def new_pages(tensor):

@@ -17,15 +17,15 @@ from lively import lively, lively_checkpoint, mask, picture
 from PIL import Image
 
 from minisd import tasks
-from minisd.checkpoints.embeddings import save_embedding
+from minisd.adapters.embeddings import save_embedding
+from minisd.adapters.lora import LowRank, layer_of, save_lora
 from minisd.checkpoints.load import load_checkpoint
-from minisd.checkpoints.lora import LowRank, layer_of, save_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.cli import BENCHES, COMMANDS, EVALUATIONS, PLOTS, TRAININGS, main
 from minisd.cli.options import Model
 from minisd.cli.output import Output, Preview, Strip
 from minisd.config import Settings
-from minisd.record.arguments import Txt2Img
+from minisd.provenance.arguments import Txt2Img
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "2"]
@@ -452,10 +452,10 @@ def test_faults_of_the_program_are_not_hidden(minisd, monkeypatch):
 def test_a_large_picture_says_what_it_takes_and_one_that_cannot_fit_is_refused_before_its_first_step(
     minisd, monkeypatch
 ):
-    monkeypatch.setattr("minisd.tasks.memory.is_large", lambda _: True)
+    monkeypatch.setattr("minisd.runtime.memory.is_large", lambda _: True)
     _, _, said = minisd("txt2img", "a", "--steps", 1)
     assert re.search(r"about \d\.\d GB of memory: weights \d\.\d, then a step \d\.\d, decoding \d\.\d", said)
-    monkeypatch.setattr("minisd.tasks.memory.available", lambda _: 1000)
+    monkeypatch.setattr("minisd.runtime.memory.available", lambda _: 1000)
     monkeypatch.setattr("minisd.pipeline.StableDiffusion.run_unet", lambda *_: pytest.fail("a step was taken"))
     sentence = refused(minisd("txt2img", "a", "--steps", 1))
     assert "0.0 GB are free beside the weights: choose a smaller --batch-size" in sentence

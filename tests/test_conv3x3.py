@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisd.nn import conv3x3 as forms
-from minisd.nn.conv3x3 import Conv3x3, conv3x3, conv3x3_as_product, conv3x3_winograd
+from minisd.runtime import conv3x3 as forms
+from minisd.runtime.conv3x3 import Conv3x3, conv3x3, conv3x3_as_product, conv3x3_winograd
 
 
 def numbers(*shape, dtype=torch.float64):

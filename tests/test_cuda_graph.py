@@ -13,7 +13,7 @@ from minisd.cli.options import Model
 from minisd.config import Settings
 from minisd.models.attention_maps import AttentionMaps
 from minisd.models.unet import Conditioning
-from minisd.tasks.cuda_graph import Graphed
+from minisd.runtime.cuda_graph import Graphed
 
 SD = lively()
 
@@ -53,8 +53,8 @@ def taped(captures: list):
 def captures(monkeypatch):
     """The tapes made; sd.cuda_graph works, on a CPU."""
     made = []
-    monkeypatch.setattr("minisd.tasks.cuda_graph.check_device", lambda device: None)
-    monkeypatch.setattr("minisd.tasks.cuda_graph.cuda_capture", taped(made))
+    monkeypatch.setattr("minisd.runtime.cuda_graph.check_device", lambda device: None)
+    monkeypatch.setattr("minisd.runtime.cuda_graph.cuda_capture", taped(made))
     monkeypatch.setattr(SD, "cuda_graph", True)
     return made
 

@@ -14,7 +14,7 @@ from minisd.checkpoints.files import CheckpointError
 from minisd.checkpoints.load import load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import PRESETS
-from minisd.models.tokenizer import Tokenizer
+from minisd.text.tokenizer import Tokenizer
 
 FOLDERS = {
     "SD1": {"unet": "sd15-unet.diffusers", "vae": "sd15-vae.diffusers-old", "text": "sd15-text_encoder.diffusers-hub"},

@@ -16,8 +16,8 @@ from minisd.checkpoints.load import load_checkpoint, load_network
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ControlNetConfig
 from minisd.diffusion.schedule import Schedule, scaled_linear_betas
-from minisd.models.tokenizer import Tokenizer
 from minisd.models.unet import Conditioning
+from minisd.text.tokenizer import Tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

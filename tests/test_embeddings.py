@@ -20,9 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 import minisd
+from minisd.adapters.embedding_picture import _random_bytes
+from minisd.adapters.embeddings import load_embeddings, save_embedding
 from minisd.checkpoints.doctor import inspect_checkpoint
-from minisd.checkpoints.embedding_picture import _random_bytes
-from minisd.checkpoints.embeddings import load_embeddings, save_embedding
 from minisd.checkpoints.files import CheckpointError, save_safetensors
 from minisd.checkpoints.save import save_checkpoint
 

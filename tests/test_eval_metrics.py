@@ -26,10 +26,10 @@ from minisd.eval.intervals import bootstrap, paired_bootstrap
 from minisd.eval.reconstruction import psnr, quantized, ssim
 from minisd.eval.retrieval import chance, found, ranks, thumbnails
 from minisd.eval.subject import SubjectJudge, diversity_of
-from minisd.images import to_pil, to_tensor
-from minisd.models import dino
+from minisd.family import dino
 from minisd.models.clip import CLIPText, CLIPVision
-from minisd.models.tokenizer import Tokenizer
+from minisd.tasks.images import to_pil, to_tensor
+from minisd.text.tokenizer import Tokenizer
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from emulated import SHIM, Emulator
 
-from minisd.kernels import fused
-from minisd.kernels.launch import (
+from minisd.runtime.kernels import fused
+from minisd.runtime.kernels.launch import (
     C_NAME,
     TILES,
     Launch,

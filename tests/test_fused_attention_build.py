@@ -7,8 +7,8 @@ import pytest
 import torch
 from emulated import instances
 
-from minisd.kernels.launch import TILES, backward_launches, forward_launch
-from minisd.kernels.nvrtc import arch_of, compile_kernel
+from minisd.runtime.kernels.launch import TILES, backward_launches, forward_launch
+from minisd.runtime.kernels.nvrtc import arch_of, compile_kernel
 
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a block may take: sm_86, sm_89 and sm_120
 KERNEL_NAMES = [name for d in TILES for name in instances(d, torch.float16) if "sm90" not in name]
@@ -56,7 +56,7 @@ def test_what_the_compiler_refuses_is_told_in_its_own_words():
 def test_a_missing_compiler_is_named_with_what_to_install():
     code = (
         "import sys; sys.modules['cuda.bindings'] = None\n"
-        "from minisd.kernels.nvrtc import compile_kernel\n"
+        "from minisd.runtime.kernels.nvrtc import compile_kernel\n"
         "compile_kernel('forward<Half, 40, 64, 4, 1, false, 0>', 'sm_80')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,9 +5,9 @@ import torch
 from emulated import Emulator
 from test_fused_attention import ROUNDING, distances, exact, in_nan, inputs
 
-from minisd.kernels.hopper import TILES, cuda_hopper_launch, hopper_launch
-from minisd.kernels.launch import Params
-from minisd.kernels.nvrtc import compile_kernel
+from minisd.runtime.kernels.hopper import TILES, cuda_hopper_launch, hopper_launch
+from minisd.runtime.kernels.launch import Params
+from minisd.runtime.kernels.nvrtc import compile_kernel
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICES = ["cpu", *(["cuda"] if HOPPER else [])]

@@ -10,9 +10,9 @@ from emulated import Emulator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisd import attention
-from minisd.kernels import attention_with_lse, choice, fused, weights_from_lse
-from minisd.kernels.nvrtc import CompilerMissing
 from minisd.nn.attention import Attention
+from minisd.runtime.kernels import attention_with_lse, choice, fused, weights_from_lse
+from minisd.runtime.kernels.nvrtc import CompilerMissing
 
 
 @pytest.fixture

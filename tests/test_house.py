@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minisd"
 ROWS = [  # first match wins; a later row may import from an earlier one
     ("minisd.config",),
-    ("minisd.kernels",),
+    ("minisd.runtime.kernels",),
     ("minisd.nn",),
     ("minisd.models",),
     ("minisd.diffusion",),
     ("minisd.checkpoints",),
-    ("minisd.pipeline", "minisd.prompts", "minisd.tasks", "minisd.images", "minisd.record"),
+    ("minisd.pipeline", "minisd.text.prompts", "minisd.tasks", "minisd.tasks.images", "minisd.provenance"),
     ("minisd.eval",),
     ("minisd.training",),
     ("minisd.augment",),

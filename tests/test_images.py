@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lively import mask, picture, pixels
 from PIL import Image
 
-from minisd.images import (
+from minisd.tasks.images import (
     composite,
     grid,
     inward_feather,

@@ -8,8 +8,8 @@ from lively import lively, only, picture
 from PIL import Image
 
 from minisd.config import Settings
-from minisd.images import to_tensor
 from minisd.tasks import img2img
+from minisd.tasks.images import to_tensor
 from minisd.tasks.img2img import partial_timesteps
 
 KINDS = {"eps": lively("SD1"), "v": lively("SD2_V"), "x_0": lively("SD1", prediction="x_0")}

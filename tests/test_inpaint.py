@@ -10,8 +10,8 @@ from lively import Watched, lively, mask, only, picture, pixels
 from PIL import Image
 
 from minisd.config import Settings
-from minisd.images import inward_feather, to_mask, to_tensor
 from minisd.tasks import inpaint
+from minisd.tasks.images import inward_feather, to_mask, to_tensor
 
 SD, INPAINTING = lively(), lively("SD1_INPAINT")
 QUICK = Settings(steps=2, guidance_scale=2)

@@ -15,11 +15,11 @@ from lively import lively
 from tiny import TINY, checkpoint, random_network, sparse_file
 
 import minisd
+from minisd.adapters.lora import LowRank, MergedLoras, layer_of, load_lora, save_lora
+from minisd.adapters.lora_names import their_names
 from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.files import CheckpointError, save_safetensors
 from minisd.checkpoints.keymaps import keymap
-from minisd.checkpoints.lora import LowRank, MergedLoras, layer_of, load_lora, save_lora
-from minisd.checkpoints.lora_names import their_names
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import PRESETS
 

@@ -6,9 +6,9 @@ from lively import lively, pixels
 from test_lora import file_of, old_attention_name, random_lora, same_changes
 
 import minisd
+from minisd.adapters.lora import load_lora, save_lora
+from minisd.adapters.lora_names import their_names
 from minisd.checkpoints.files import save_safetensors
-from minisd.checkpoints.lora import load_lora, save_lora
-from minisd.checkpoints.lora_names import their_names
 from minisd.checkpoints.save import save_checkpoint
 from minisd.models.unet import Conditioning
 

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from minisd.config import Settings
 from minisd.models.unet import Conditioning
-from minisd.tasks import memory, txt2img
+from minisd.runtime import memory
+from minisd.tasks import txt2img
 from minisd.tasks.latents import decoded
 
 SD = lively("SD1")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from minisd.config import Settings
 from minisd.diffusion.samplers import ddim
-from minisd.images import to_pil
 from minisd.pipeline import StableDiffusion
 from minisd.tasks import NonFiniteError, txt2img
+from minisd.tasks.images import to_pil
 
 
 def damaged(network: str, layer: str, value: float = float("nan")) -> StableDiffusion:

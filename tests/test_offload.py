@@ -9,13 +9,14 @@ from lively import lively
 from PIL import Image
 
 import minisd
-from minisd.checkpoints.lora import Lora, LowRank, save_lora
+from minisd.adapters.lora import Lora, LowRank, save_lora
 from minisd.cli import main
 from minisd.config import Settings
-from minisd.nn.tuning import channels_last
-from minisd.tasks import memory, txt2img
-from minisd.tasks.offload import Offload
-from minisd.training.subject import with_networks
+from minisd.runtime import memory
+from minisd.runtime.offload import Offload
+from minisd.runtime.tuning import channels_last
+from minisd.tasks import txt2img
+from minisd.training.subject.recipe import with_networks
 
 PLAIN = lively("SD1")
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))

@@ -41,7 +41,7 @@ def test_every_file_of_the_package_is_in_the_wheel(installed):
 
 
 def test_the_wheel_reads_prompts_without_the_checkout(installed, tmp_path):
-    code = "import minisd.models.tokenizer as t; print(t.__file__, t.Tokenizer()('a cat').sum())"
+    code = "import minisd.text.tokenizer as t; print(t.__file__, t.Tokenizer()('a cat').sum())"
     env = os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True

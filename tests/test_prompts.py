@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from minisd.config import CLIPTextConfig
 from minisd.models.clip import CLIPText
-from minisd.models.tokenizer import Tokenizer
 from minisd.nn.attention import Attention
-from minisd.prompts import (
+from minisd.text.prompts import (
     CONVENTIONS,
     chunk_prompt,
     encode_prompts,
@@ -21,6 +20,7 @@ from minisd.prompts import (
     weigh_a1111,
     weigh_comfyui,
 )
+from minisd.text.tokenizer import Tokenizer
 
 TINY = CLIPTextConfig(width=32, layers=2, heads=2, mlp_width=64)
 WEIGHTED = ["a1111", "comfyui"]

@@ -13,9 +13,9 @@ from PIL import Image
 
 from minisd import tasks
 from minisd.config import Settings
-from minisd.record.arguments import TASKS, Img2Img, Inpaint, Outpaint, Txt2Img
-from minisd.record.call import Call, Embedding, File, LoadedModel, Lora, from_json, to_json
-from minisd.record.files import (
+from minisd.provenance.arguments import TASKS, Img2Img, Inpaint, Outpaint, Txt2Img
+from minisd.provenance.call import Call, Embedding, File, LoadedModel, Lora, from_json, to_json
+from minisd.provenance.files import (
     find,
     find_input,
     fingerprint,
@@ -23,7 +23,7 @@ from minisd.record.files import (
     remember_input,
     write_whole,
 )
-from minisd.record.png import parameters_text, read_png, save_png
+from minisd.provenance.png import parameters_text, read_png, save_png
 
 MODEL = LoadedModel(File("../models/sd-v1.5.safetensors", "sampled-sha256:0"))
 TXT2IMG = Call(Txt2Img(seed=7, num_images=2, height=64), ["a cat", "a dog"], Settings(), MODEL, threads=1, torch="2")

@@ -7,8 +7,8 @@ from lively import Watched, lively, only, pixels
 
 from minisd.config import ScheduleConfig, Settings
 from minisd.diffusion.samplers import ddim, euler
-from minisd.images import to_pil
 from minisd.tasks import txt2img
+from minisd.tasks.images import to_pil
 
 SD = lively()
 

@@ -19,16 +19,12 @@ from tiny import checkpoint
 from training_tiny import MODEL
 
 import minisd
-from minisd.checkpoints.lora import load_lora
+from minisd.adapters.lora import load_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.cli import main
 from minisd.cli.personalise import check_free
 from minisd.config import Settings
-from minisd.eval.features import CLIPFeatures
-from minisd.eval.subject import SubjectJudge
-from minisd.models.unet import Conditioning
-from minisd.pipeline import StableDiffusion
-from minisd.training.comparison import (
+from minisd.eval.comparison import (
     CEILING,
     FLOOR,
     NO_PRIOR,
@@ -40,16 +36,20 @@ from minisd.training.comparison import (
     cut_out,
     images_of,
 )
-from minisd.training.comparison_page import contact_sheet, table
+from minisd.eval.comparison_page import contact_sheet, table
+from minisd.eval.features import CLIPFeatures
+from minisd.eval.subject import SubjectJudge
+from minisd.models.unet import Conditioning
+from minisd.pipeline import StableDiffusion
 from minisd.training.draws import Draws
-from minisd.training.lora import LoRAConfig, LoRALayer, add_layers
 from minisd.training.options import Run
 from minisd.training.parallel import ALONE
-from minisd.training.photos import Views, load_photos, near_duplicates
-from minisd.training.prior import drawn_class
 from minisd.training.progress import read_log
-from minisd.training.small import for_small_model
-from minisd.training.subject import SubjectConfig, SubjectRecipe, best_step, prompts_of
+from minisd.training.subject.lora import LoRAConfig, LoRALayer, add_layers
+from minisd.training.subject.photos import Views, load_photos, near_duplicates
+from minisd.training.subject.prior import drawn_class
+from minisd.training.subject.recipe import SubjectConfig, SubjectRecipe, best_step, prompts_of
+from minisd.training.subject.small import for_small_model
 from minisd.training.weights import copied
 
 HERE = Path(__file__).parent
@@ -466,7 +466,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     settings = Settings(steps=1, batch_size=2)
     plan = Comparison(("{}",), 2, 2, 2, settings, class_prior=2, train_steps=1)
     arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, judge_by, Run(quiet=True, sample_every=0))
-    monkeypatch.setattr("minisd.training.comparison.train_dreambooth", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("minisd.eval.comparison.train_dreambooth", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(*arguments)
     monkeypatch.undo()
@@ -503,7 +503,7 @@ def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_a
         asked.append(photos)
         return torch.zeros(4, sd.config.text.width)
 
-    monkeypatch.setattr("minisd.training.comparison.train_textual_inversion", learn)
+    monkeypatch.setattr("minisd.eval.comparison.train_textual_inversion", learn)
     monkeypatch.setattr(Comparison, "methods", lambda self, every=Comparison.methods: every(self)[:1])
 
     def run():
@@ -540,7 +540,7 @@ def test_the_table_pairs_only_subjects_that_have_both_rows():
 
 def test_the_command_writes_the_table_what_its_words_mean_and_a_sheet(tmp_path, monkeypatch, capsys):
     quick = partial(Comparison, ("{}",), 2, 2, 2, Settings(steps=1, batch_size=2), class_prior=2)
-    monkeypatch.setattr("minisd.training.comparison.Comparison", quick)
+    monkeypatch.setattr("minisd.eval.comparison.Comparison", quick)
     save_checkpoint(StableDiffusion(checkpoint(MODEL)).checkpoint, tmp_path / "tiny.safetensors")
     line = ["eval", "subjects", "duck", "--data", str(DUCK.parent), "--out", str(tmp_path / "out")]
     assert main([*line, "--train-steps", "1", "--checkpoint", str(tmp_path / "tiny.safetensors")]) == 0
@@ -583,7 +583,7 @@ def test_a_small_model_is_taught_by_the_plan_for_one_and_a_large_one_by_the_meth
     kept = for_small_model(replace(own, loop=replace(own.loop, seed=7), prior=replace(own.prior, weight=0.0)))
     assert (kept.loop.seed, kept.prior.weight) == (7, 0.0)
     capsys.readouterr()
-    monkeypatch.setattr("minisd.training.small.SMALL", 0)
+    monkeypatch.setattr("minisd.training.subject.small.SMALL", 0)
     large = planned("large")
     assert "taught as such" not in capsys.readouterr().err
     assert (large["rank"], tuple(large["unet"]), large["loop"]["lr"]) == (own.rank, own.unet, own.loop.lr)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from subject_tiny import CONFIGS, LOOP, model, train
 
+from minisd.adapters.lora_names import their_names
 from minisd.checkpoints.keymaps import give, keymap
-from minisd.checkpoints.lora_names import their_names
 from minisd.checkpoints.save import save_checkpoint
-from minisd.training import dreambooth, lora, textual_inversion
 from minisd.training.progress import read_log
 from minisd.training.state import learnt_weights
+from minisd.training.subject import dreambooth, lora, textual_inversion
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")

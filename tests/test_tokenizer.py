@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from minisd.models.tokenizer import BOS, EOS, FIRST_ADDED, SPECIALS, Tokenizer, clean
+from minisd.text.tokenizer import BOS, EOS, FIRST_ADDED, SPECIALS, Tokenizer, clean
 
 # 300 prompts with the ids of openai/CLIP (and of open_clip where they differ), without BOS and EOS
 PROMPTS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "tokenizer.json.gz").read_bytes()))["prompts"]
@@ -288,7 +288,7 @@ def test_hugging_face_reads_the_files_with_padding_and_placeholders(tmp_path):
 
 
 def test_encoding_does_not_import_torch():
-    code = "import sys, minisd.models.tokenizer as t; t.Tokenizer().encode('a'); print('torch' in sys.modules)"
+    code = "import sys, minisd.text.tokenizer as t; t.Tokenizer().encode('a'); print('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 

@@ -19,7 +19,6 @@ from training_tiny import DDPM, LOOP, RUN, UNET, pictures, train_recipe
 
 from minisd.checkpoints.files import open_tensors
 from minisd.models.unet import Conditioning
-from minisd.training.ddpm import DDPMRecipe, train_ddpm
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
 from minisd.training.loop import Diverged, learning_rate
@@ -27,6 +26,7 @@ from minisd.training.optimizers import Muon, build_optimizers, orthogonalized
 from minisd.training.options import LoopConfig, changed, read_changes
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.progress import read_log
+from minisd.training.recipes.ddpm import DDPMRecipe, train_ddpm
 from minisd.training.state import differing
 from minisd.training.weights import recompute
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from training_tiny import pictures
 
-from minisd.models.tokenizer import Tokenizer
+from minisd.text.tokenizer import Tokenizer
 from minisd.training.captions import compose, with_article
 from minisd.training.data import Augmentation, augmented, load_pictures
 from minisd.training.draws import Draws
-from minisd.training.vocabulary import Rows
+from minisd.training.recipes.vocabulary import Rows
 
 from training_tiny import MODEL  # isort: skip
 

@@ -17,15 +17,12 @@ import minisd
 from minisd.checkpoints.load import load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ScheduleConfig, VAEConfig, from_dict
-from minisd.models.tokenizer import Tokenizer
 from minisd.models.vae import VAE, DiagonalGaussian
 from minisd.nn.blocks import ResBlock
 from minisd.pipeline import StableDiffusion, build_schedule
-from minisd.training.clip import CLIPRecipe, train_clip
+from minisd.text.tokenizer import Tokenizer
 from minisd.training.data import Augmentation, Pictures
-from minisd.training.ddpm import DDPMRecipe, load_ddpm, train_ddpm
 from minisd.training.draws import Draws
-from minisd.training.latent_diffusion import LatentDiffusionRecipe, build_cache, load_cache, train_latent_diffusion
 from minisd.training.loss import (
     adaptive_weight,
     contrastive_loss,
@@ -34,10 +31,18 @@ from minisd.training.loss import (
     kl_to_standard,
     min_snr_weights,
 )
-from minisd.training.mini import MiniConfig, mini_config, train_mini
-from minisd.training.patchgan import PatchDiscriminator
 from minisd.training.progress import read_log
-from minisd.training.vae import VAERecipe, latent_scale, train_vae
+from minisd.training.recipes.clip import CLIPRecipe, train_clip
+from minisd.training.recipes.ddpm import DDPMRecipe, load_ddpm, train_ddpm
+from minisd.training.recipes.latent_diffusion import (
+    LatentDiffusionRecipe,
+    build_cache,
+    load_cache,
+    train_latent_diffusion,
+)
+from minisd.training.recipes.mini import MiniConfig, mini_config, train_mini
+from minisd.training.recipes.patchgan import PatchDiscriminator
+from minisd.training.recipes.vae import VAERecipe, latent_scale, train_vae
 from minisd.training.weights import seeded
 
 LDM = np.load(Path(__file__).parent / "data" / "training_ldm.npz")
@@ -313,7 +318,7 @@ def test_a_network_that_knows_the_picture_has_no_loss(latent, prediction):
 def test_the_cache_is_kept_and_made_anew_for_other_networks(tmp_path, monkeypatch):
     train_recipe("unet", tmp_path)
     made = []
-    import minisd.training.latent_diffusion as module
+    import minisd.training.recipes.latent_diffusion as module
 
     monkeypatch.setattr(module, "build_cache", lambda *args: made.append(args) or build_cache(*args))
     train_recipe("unet", tmp_path)

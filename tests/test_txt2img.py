@@ -11,9 +11,9 @@ from PIL import Image
 
 from minisd.config import Settings
 from minisd.diffusion.samplers import ddim
-from minisd.images import to_tensor, to_uint8
 from minisd.models.unet import Conditioning
 from minisd.tasks import txt2img
+from minisd.tasks.images import to_tensor, to_uint8
 
 KINDS = {"eps": lively("SD1"), "v": lively("SD2_V"), "x_0": lively("SD1", prediction="x_0")}
 SD = KINDS["eps"]

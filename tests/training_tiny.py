@@ -15,15 +15,15 @@ import torch
 
 from minisd.checkpoints.files import save_safetensors
 from minisd.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from minisd.training.clip import CLIPRecipeConfig, train_clip
 from minisd.training.data import Augmentation, Pictures
-from minisd.training.ddpm import DDPMConfig, DDPMRecipe, train_ddpm
-from minisd.training.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
-from minisd.training.mini import MiniConfig
 from minisd.training.optimizers import Muon
 from minisd.training.options import LoopConfig, Run
 from minisd.training.parallel import ALONE, processes
-from minisd.training.vae import VAERecipeConfig, train_vae
+from minisd.training.recipes.clip import CLIPRecipeConfig, train_clip
+from minisd.training.recipes.ddpm import DDPMConfig, DDPMRecipe, train_ddpm
+from minisd.training.recipes.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
+from minisd.training.recipes.mini import MiniConfig
+from minisd.training.recipes.vae import VAERecipeConfig, train_vae
 
 RUN = Run(save_every=3, log_every=2, sample_every=0, quiet=True)
 LOOP = LoopConfig(steps=10, batch_size=8, lr=1e-3, warmup=4, decay="cosine", weight_decay=0.01, ema=0.9)

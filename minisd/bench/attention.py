@@ -17,8 +17,8 @@ from minisd.bench.options import Options
 from minisd.bench.pairs import FLOAT32_DISTANCE, Measured, Result, say
 from minisd.bench.process import TURN
 from minisd.bench.report import Report
-from minisd.kernels import attention
-from minisd.kernels.attention import IMPLEMENTATIONS
+from minisd.runtime.kernels import attention
+from minisd.runtime.kernels.attention import IMPLEMENTATIONS
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 OWN = ("minisd", *(name for name in IMPLEMENTATIONS if name != "sdpa"))  # "minisd" is what its networks run

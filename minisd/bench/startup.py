@@ -55,8 +55,8 @@ def dissect(checkpoint: Path, out: Path, prompt: str) -> dict[str, float]:
     from minisd.cli.generate import plan, samplings
     from minisd.cli.options import Common, Model
     from minisd.cli.output import Output
-    from minisd.record.arguments import Txt2Img
-    from minisd.record.png import save_png
+    from minisd.provenance.arguments import Txt2Img
+    from minisd.provenance.png import save_png
 
     lap("import")
     common = Common(model=Model(checkpoint=checkpoint), output=Output(out=out))

@@ -93,13 +93,13 @@ def start_alike(first_matrices: Iterable[Tensor]) -> None:
 
 # A contender: from the folder with the weights, and what to learn, to the function that is measured.
 def minisd(folder: Path, case: Training) -> Run:
-    from minisd.nn.tuning import tune
     from minisd.pipeline import load
-    from minisd.training import dreambooth, lora, textual_inversion
+    from minisd.runtime.tuning import tune
     from minisd.training.optimizers import build_optimizers
     from minisd.training.options import LoopConfig
-    from minisd.training.photos import Photos
-    from minisd.training.subject import Batch, SubjectConfig
+    from minisd.training.subject import dreambooth, lora, textual_inversion
+    from minisd.training.subject.photos import Photos
+    from minisd.training.subject.recipe import Batch, SubjectConfig
 
     sd = load(folder, device=case.device)
     token = "<sks>" if case.method == "textual-inversion" else TOKEN
@@ -141,7 +141,7 @@ def minisd(folder: Path, case: Training) -> Run:
 
 def diffusers(folder: Path, case: Training) -> Run:
     from minisd.bench import diffusers_training as examples
-    from minisd.models.tokenizer import Tokenizer
+    from minisd.text.tokenizer import Tokenizer
 
     models = examples.Models(folder, torch.float32, mixed=case.dtype == "bfloat16")
     models.unet.to(case.device)

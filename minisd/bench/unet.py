@@ -18,7 +18,7 @@ from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.load import load_network
 from minisd.config import SD1, ModelConfig
 from minisd.models.unet import Conditioning
-from minisd.nn.tuning import tune
+from minisd.runtime.tuning import tune
 
 
 @dataclass(frozen=True)

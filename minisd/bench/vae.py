@@ -19,7 +19,7 @@ from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.load import load_network
 from minisd.config import SD1, ModelConfig
 from minisd.models.vae import VAE
-from minisd.nn.tuning import tune
+from minisd.runtime.tuning import tune
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from minisd.checkpoints.detect import Contents, contents
 from minisd.checkpoints.diffusers_json import read_json, read_schedule, refine
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.config import Prediction, ScheduleConfig
-from minisd.models.tokenizer import FIRST_ADDED
+from minisd.text.tokenizer import FIRST_ADDED
 
 SUBFOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "vision": "image_encoder"}
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model", "vision": "model"}

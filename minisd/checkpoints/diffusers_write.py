@@ -14,7 +14,7 @@ from minisd.config import (
     ScheduleConfig,
 )
 from minisd.models.clip import IMAGE_MEAN, IMAGE_STD
-from minisd.models.tokenizer import Tokenizer
+from minisd.text.tokenizer import Tokenizer
 
 VERSION = "0.35.0"  # of diffusers, whose names these are
 

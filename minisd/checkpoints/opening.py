@@ -15,7 +15,7 @@ from minisd.checkpoints.evidence import prediction_of
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.checkpoints.shapes import agrees
 from minisd.config import PRESETS, ModelConfig, Prediction
-from minisd.models.tokenizer import Tokenizer
+from minisd.text.tokenizer import Tokenizer
 
 PREFIXES = {  # of the original's single files
     "unet": "model.diffusion_model.",

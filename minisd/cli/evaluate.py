@@ -56,7 +56,7 @@ def eval_mini(
     from minisd.eval import mini, report
     from minisd.eval.features import CLIPFeatures
     from minisd.pipeline import mini_model
-    from minisd.record.files import fingerprint, sha256, write_whole
+    from minisd.provenance.files import fingerprint, sha256, write_whole
 
     began, plan = time.monotonic(), mini.Plan(seed, concepts, pictures)
     sd = model.load_whole()
@@ -94,7 +94,7 @@ def eval_mini(
 
 def _loaded(model: Model) -> dict[str, str]:
     """What was not left to the file itself."""
-    from minisd.record.files import sha256
+    from minisd.provenance.files import sha256
 
     names = ("weights", "prediction", "vae", "dtype", "device")
     usual, given = asdict(Model()), {name: getattr(model, name) for name in names}
@@ -110,7 +110,7 @@ def drawings(folder: Path, size: int, split: str) -> Drawings:
     import torch
 
     from minisd.eval.drawings import Drawings
-    from minisd.images import to_uint8
+    from minisd.tasks.images import to_uint8
     from minisd.training.data import load_pictures
 
     pictures = load_pictures(folder, size=size, split=split)
@@ -125,7 +125,7 @@ def draw_sheets(sd: StableDiffusion, seed: int, settings: Settings) -> dict[str,
     """How to write the sheet of prompts, the sheet of nameless objects, and the key to that, by file name."""
     from minisd.eval.mini import draw
     from minisd.eval.sheets import COMMON, PROMPTS, captioned, shuffled
-    from minisd.images import to_pil
+    from minisd.tasks.images import to_pil
 
     prompts = captioned(to_pil(draw(sd, PROMPTS, seed, settings, progress="sheet of prompts")), PROMPTS, columns=8)
     hidden = shuffled(COMMON, seed)

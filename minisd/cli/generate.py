@@ -11,11 +11,11 @@ from cyclopts import Parameter
 
 from minisd.cli.options import Common
 from minisd.cli.output import Preview, Strip, progress, save_sheet
-from minisd.record.arguments import Arguments, Img2Img, Inpaint, Outpaint, Txt2Img
+from minisd.provenance.arguments import Arguments, Img2Img, Inpaint, Outpaint, Txt2Img
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
-    from minisd.record.call import Call
+    from minisd.provenance.call import Call
     from minisd.tasks import Sampling
 
 Flat = Parameter(name="*")  # a dataclass's fields as options of their own names
@@ -91,7 +91,7 @@ def make(prompts: list[str], arguments: Arguments, common: Common, **inputs: Pat
     call, names = plan(prompts, arguments, common, inputs)
     sd, output = common.model.load(), common.output
     preview, strip, sheet, done = Preview(output.preview), Strip(), [], 0
-    from minisd.record.png import save_png
+    from minisd.provenance.png import save_png
 
     try:
         for sampling in samplings(sd, call, inputs):
@@ -131,9 +131,9 @@ def plan(prompts: list[str], arguments: Arguments, common: Common, inputs: dict[
     import torch
 
     from minisd.diffusion.samplers import get_sampler
-    from minisd.images import load_image
-    from minisd.record.call import Call
-    from minisd.record.files import remember_input
+    from minisd.provenance.call import Call
+    from minisd.provenance.files import remember_input
+    from minisd.tasks.images import load_image
 
     settings, output = common.settings, common.output
     get_sampler(settings.sampler)
@@ -161,7 +161,7 @@ def plan(prompts: list[str], arguments: Arguments, common: Common, inputs: dict[
 def samplings(sd: StableDiffusion, call: Call, inputs: dict[str, Path]) -> Iterator[Sampling]:
     """The samplings of a call, first passes among them."""
     from minisd import tasks
-    from minisd.images import load_image
+    from minisd.tasks.images import load_image
 
     task = getattr(tasks, call.arguments.task)
     pictures = {name: load_image(path) for name, path in inputs.items()}
@@ -177,7 +177,7 @@ def announce(call: Call, sampling: Sampling) -> None:
 
 def check_memory(sampling: Sampling) -> None:
     """Say what a large sampling will take; ValueError, before its first step, where that much is not to be had."""
-    from minisd.tasks import memory
+    from minisd.runtime import memory
 
     if not memory.is_large(sampling):
         return

@@ -14,7 +14,7 @@ from minisd.config import Settings
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
-    from minisd.record.call import LoadedModel
+    from minisd.provenance.call import LoadedModel
 
 Sampled = Annotated[Settings, Parameter(name="*", group=Group("Sampling", sort_key=1))]
 
@@ -92,9 +92,9 @@ class Model:
         """ValueError for a device that is not there or cannot do what is asked, and for files that are no adapters."""
         import torch
 
-        from minisd.checkpoints.embeddings import load_embeddings
-        from minisd.checkpoints.lora import open_lora
-        from minisd.tasks import cuda_graph, offload
+        from minisd.adapters.embeddings import load_embeddings
+        from minisd.adapters.lora import open_lora
+        from minisd.runtime import cuda_graph, offload
 
         for path, _ in self.embeddings():
             load_embeddings(path)
@@ -119,8 +119,8 @@ class Model:
     def record(self, folder: Path) -> LoadedModel:
         """How a picture in this folder remembers the model."""
         from minisd.pipeline import mini_model
-        from minisd.record.call import Embedding, LoadedModel, Lora
-        from minisd.record.files import remember_checkpoint, remember_input
+        from minisd.provenance.call import Embedding, LoadedModel, Lora
+        from minisd.provenance.files import remember_checkpoint, remember_input
 
         return LoadedModel(
             remember_checkpoint(self.checkpoint or mini_model(), folder),

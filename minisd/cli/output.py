@@ -124,8 +124,8 @@ class Strip:
 
 def save_sheet(path: Path, images: Sequence[Image.Image], columns: int | None = None) -> None:
     """All pictures on one, about square unless columns are given."""
-    from minisd.images import grid
-    from minisd.record.files import write_whole
+    from minisd.provenance.files import write_whole
+    from minisd.tasks.images import grid
 
     sheet = grid(images, columns)
     write_whole(path, lambda file: sheet.save(file, "PNG"))

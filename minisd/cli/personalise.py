@@ -21,7 +21,7 @@ from minisd.training.options import Run, changed, read_changes
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
-    from minisd.training.subject import Scores
+    from minisd.training.subject.recipe import Scores
 
 
 @Parameter(name="*", group=Group("Inputs", sort_key=1))
@@ -171,10 +171,10 @@ def personalise(
     changes = {**changes, "subject": subject}
     import minisd
     from minisd.pipeline import mini_model
-    from minisd.record.files import write_whole
+    from minisd.provenance.files import write_whole
     from minisd.training.parallel import processes
-    from minisd.training.photos import load_photos
-    from minisd.training.small import for_small_model, is_small
+    from minisd.training.subject.photos import load_photos
+    from minisd.training.subject.small import for_small_model, is_small
 
     train, made = _method(method, subject)
     said = read_changes(None, settings)
@@ -241,8 +241,8 @@ WORK = ("state.safetensors", "photos.safetensors", "class.safetensors", "best.sa
 
 def _method(method: str, subject: dict) -> tuple[Callable, Any]:
     """What trains, and its config where nothing but the subject is given."""
-    from minisd.training import dreambooth, lora, textual_inversion
-    from minisd.training.subject import SubjectConfig
+    from minisd.training.subject import dreambooth, lora, textual_inversion
+    from minisd.training.subject.recipe import SubjectConfig
 
     train, config = {
         "dreambooth": (dreambooth.train_dreambooth, dreambooth.DreamBoothConfig),
@@ -257,9 +257,9 @@ def _scores(sd: StableDiffusion, read: dict[str, Path | None], photos: Path) -> 
     from minisd.checkpoints.load import load_network
     from minisd.eval.features import CLIPFeatures, DINOFeatures
     from minisd.eval.subject import SubjectJudge
-    from minisd.images import load_image
-    from minisd.models.tokenizer import Tokenizer
-    from minisd.training.photos import photo_paths
+    from minisd.tasks.images import load_image
+    from minisd.text.tokenizer import Tokenizer
+    from minisd.training.subject.photos import photo_paths
 
     if read["judge"]:
         text, vision = (load_network(read["judge"], name, device=sd.device) for name in ("text", "vision"))
@@ -286,8 +286,8 @@ def _path(text: str | None) -> Path | None:
 
 
 def _hashes(photos: Path, checkpoint: Path) -> dict[str, str]:
-    from minisd.record.files import fingerprint, sha256
-    from minisd.training.photos import photo_paths
+    from minisd.provenance.files import fingerprint, sha256
+    from minisd.training.subject.photos import photo_paths
 
     return {"checkpoint": fingerprint(checkpoint)} | {path.name: sha256(path) for path in photo_paths(photos)}
 

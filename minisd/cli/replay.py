@@ -16,7 +16,7 @@ from minisd.cli.output import check_target, progress
 if TYPE_CHECKING:
     from PIL import Image
 
-    from minisd.record.call import Call, File, LoadedModel
+    from minisd.provenance.call import Call, File, LoadedModel
 
 
 def replay(
@@ -38,8 +38,8 @@ def replay(
         offload: as for txt2img, on a GPU that cannot hold all networks.
         out: save the picture made again as this .png file.
     """
-    from minisd.record.files import find_input
-    from minisd.record.png import read_png
+    from minisd.provenance.files import find_input
+    from minisd.provenance.png import read_png
 
     if out is not None:
         if out.suffix.lower() != ".png":
@@ -84,7 +84,7 @@ def draw_again(model: Model, call: Call, index: int, inputs: dict[str, Path]) ->
 
 
 def _model(recorded: LoadedModel, folder: Path, checkpoint: Path | None, vae: Path | None, device: str | None) -> Model:
-    from minisd.record.files import find_input
+    from minisd.provenance.files import find_input
 
     return Model(
         checkpoint=_weights(recorded.checkpoint, folder, checkpoint, "--checkpoint"),
@@ -103,7 +103,7 @@ def _model(recorded: LoadedModel, folder: Path, checkpoint: Path | None, vae: Pa
 
 def _weights(file: File, folder: Path, given: Path | None, option: str) -> Path:
     """Where the weights lie now; a note if they are not those of the record."""
-    from minisd.record.files import find, fingerprint
+    from minisd.provenance.files import find, fingerprint
 
     path = given or find(file, folder)
     if path is None:
@@ -130,8 +130,8 @@ def _save(out: Path, image: Image.Image, call: Call, index: int, model: Model, i
     import torch
 
     from minisd import __version__
-    from minisd.record.files import remember_input
-    from minisd.record.png import save_png
+    from minisd.provenance.files import remember_input
+    from minisd.provenance.png import save_png
 
     call = replace(
         call,

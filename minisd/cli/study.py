@@ -44,8 +44,8 @@ def plot_noising(
         steps: how many times are shown.
         out: the figure.
     """
-    from minisd.images import load_image
     from minisd.plots import plot_noising as draw
+    from minisd.tasks.images import load_image
 
     check_figure(out)
     print(draw(load_image(image), out, schedules or ("linear", "cosine"), steps=steps))
@@ -101,7 +101,7 @@ def plot_attention(
     """
     from minisd.models.attention_maps import AttentionMaps, prompt_words
     from minisd.plots import plot_attention as draw
-    from minisd.prompts import chunk_prompt
+    from minisd.text.prompts import chunk_prompt
 
     check_figure(out)
     sd = model.load()

@@ -40,14 +40,14 @@ def eval_subjects(
     chosen = list(known) if all else list(subject or first)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"{unknown[0]} is no subject of {data}; known: {', '.join(known)}")
+    from minisd.eval.comparison import SECONDS, Comparison, compare
+    from minisd.eval.comparison_page import contact_sheet, notes, table
     from minisd.eval.features import CLIPFeatures
     from minisd.eval.report import machine
     from minisd.eval.subject import SubjectJudge
-    from minisd.record.files import write_whole
-    from minisd.training.comparison import SECONDS, Comparison, compare
-    from minisd.training.comparison_page import contact_sheet, notes, table
-    from minisd.training.mini import has_bfloat16
+    from minisd.provenance.files import write_whole
     from minisd.training.options import Run
+    from minisd.training.recipes.mini import has_bfloat16
 
     sd = model.load_whole()
     quick = sd.device.type == "cuda" or has_bfloat16()

@@ -35,8 +35,8 @@ def train_mini(
         settings: FIELD=VALUE, a change of its own: unet.loop.steps=1000, vae.vae.channels=32 … Several may follow.
     """
     from minisd.training.data import load_pictures
-    from minisd.training.mini import mini_config, train_mini
     from minisd.training.parallel import processes
+    from minisd.training.recipes.mini import mini_config, train_mini
 
     check(folder, out, run)
     plan = changed(mini_config(gpu=run.device.startswith("cuda")), read_changes(config, settings))
@@ -66,8 +66,8 @@ def train_ddpm(
             unet.out_channels=6, loop.steps=1000 … Several may follow.
     """
     from minisd.training.data import load_pictures
-    from minisd.training.ddpm import DDPMConfig, train_ddpm
     from minisd.training.parallel import processes
+    from minisd.training.recipes.ddpm import DDPMConfig, train_ddpm
 
     check(folder, out, run)
     plan = changed(DDPMConfig(), read_changes(config, settings))

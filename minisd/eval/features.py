@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisd.checkpoints.files import CheckpointError, open_tensors
-from minisd.images import to_tensor
-from minisd.models import clip, dino
+from minisd.family import dino
+from minisd.family.dino import DINO
+from minisd.models import clip
 from minisd.models.clip import CLIPText, CLIPVision
-from minisd.models.dino import DINO
-from minisd.models.tokenizer import Tokenizer
-from minisd.nn.tuning import forget_file_pages
+from minisd.runtime.tuning import forget_file_pages
+from minisd.tasks.images import to_tensor
+from minisd.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion

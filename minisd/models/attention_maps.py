@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from minisd.models.bpe import vocabulary
-from minisd.models.tokenizer import BOS, EOS, Tokenizer
 from minisd.models.unet import UNet
 from minisd.nn.attention import Attention
+from minisd.text.bpe import vocabulary
+from minisd.text.tokenizer import BOS, EOS, Tokenizer
 
 
 class AttentionMaps:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minisd.config import VAEConfig
 from minisd.models.vae import VAE, DiagonalGaussian, check_sides
 from minisd.nn.blocks import Downsample, ResBlock, Upsample
-from minisd.nn.conv3x3 import conv3x3
+from minisd.runtime.conv3x3 import conv3x3
 
 
 @torch.no_grad()

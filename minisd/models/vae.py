@@ -10,10 +10,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.config import VAEConfig
-from minisd.kernels import attention
-from minisd.kernels.modes import is_transformed, needs_gradient
 from minisd.nn.blocks import Downsample, ResBlock, Upsample
-from minisd.nn.tuning import give_back_freed_memory
+from minisd.runtime.kernels import attention
+from minisd.runtime.modes import is_transformed, needs_gradient
+from minisd.runtime.tuning import give_back_freed_memory
 
 LARGE = 2**25  # bytes of a map
 

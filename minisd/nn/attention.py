@@ -5,7 +5,7 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisd.kernels import attention
+from minisd.runtime.kernels import attention
 
 
 class Attention(nn.Module):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisd.nn.conv3x3 import Conv3x3
 from minisd.nn.recomputed import recomputed
+from minisd.runtime.conv3x3 import Conv3x3
 
 
 class ResBlock(nn.Module):

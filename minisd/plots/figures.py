@@ -86,7 +86,7 @@ def reduced(image: Image, side: int) -> Image:
     """The picture in RGB, its longer side at most `side`."""
     from PIL import Image as pil
 
-    from minisd.images import to_pil, to_tensor, to_uint8
+    from minisd.tasks.images import to_pil, to_tensor, to_uint8
 
     image = to_pil(to_uint8(to_tensor(image)))[0]
     image.thumbnail((side, side), pil.Resampling.LANCZOS)

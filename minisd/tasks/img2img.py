@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.config import Settings
-from minisd.images import pad_to_multiple, to_tensor, to_uint8
+from minisd.tasks.images import pad_to_multiple, to_tensor, to_uint8
 from minisd.tasks.latents import encode_picture
 from minisd.tasks.sampling import Sampling, batches, sampler_of
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from minisd.config import Settings
 from minisd.diffusion.samplers import Step
 from minisd.diffusion.schedule import Schedule
-from minisd.images import composite, inward_feather, pad_to_multiple, to_mask, to_pil, to_tensor, to_uint8
 from minisd.models.vae import DiagonalGaussian
+from minisd.tasks.images import composite, inward_feather, pad_to_multiple, to_mask, to_pil, to_tensor, to_uint8
 from minisd.tasks.img2img import partial_timesteps
 from minisd.tasks.latents import encode_picture
 from minisd.tasks.sampling import Batch, Sampling, batches, sampler_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minisd.models.tiling import tiled_decode, tiled_encode
 from minisd.models.vae import VAE, DiagonalGaussian
-from minisd.nn.tuning import tune
+from minisd.runtime.tuning import tune
 from minisd.tasks.nonfinite import nonfinite_error
 
 TILE_ABOVE = 768 * 768  # pixels; the untiled decoder needs 3 kB of memory for each in float32

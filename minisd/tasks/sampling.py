@@ -15,13 +15,13 @@ from torch import Tensor
 
 from minisd.config import Settings
 from minisd.diffusion.samplers import Sampler, Step, get_sampler
-from minisd.images import to_pil, to_uint8
 from minisd.models.unet import Conditioning
 from minisd.models.vae import DiagonalGaussian
-from minisd.nn.tuning import give_back_freed_memory
-from minisd.prompts import same_length
+from minisd.runtime.tuning import give_back_freed_memory
+from minisd.tasks.images import to_pil, to_uint8
 from minisd.tasks.latents import decode_latents
 from minisd.tasks.nonfinite import nonfinite_error
+from minisd.text.prompts import same_length
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion

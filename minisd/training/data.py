@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from minisd.images import load_image, to_tensor, to_uint8
+from minisd.tasks.images import load_image, to_tensor, to_uint8
 from minisd.training.captions import compose
 from minisd.training.draws import Draws
 

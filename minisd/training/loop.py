@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minisd.nn.tuning import tune
-from minisd.record.files import write_whole
+from minisd.provenance.files import write_whole
+from minisd.runtime.tuning import tune
 from minisd.tasks.nonfinite import first_nonfinite_layer
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minisd.nn.tuning import channels_last, forget_file_pages
+from minisd.runtime.tuning import channels_last, forget_file_pages
 from minisd.training.draws import generator
 
 

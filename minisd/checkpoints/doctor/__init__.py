@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from minisd.adapters.embedding_picture import is_png, read_picture
 from minisd.checkpoints.diffusers_layout import SUBFOLDERS, Tensors
 from minisd.checkpoints.doctor.anatomy import TITLES, describe, point_out_contradictions
 from minisd.checkpoints.doctor.health import PROBE_THRESHOLD, examine, forward_probe
 from minisd.checkpoints.doctor.inspection import Inspection, bytes_text
 from minisd.checkpoints.doctor.kinds import Kind, other_kind, picture_kind
-from minisd.checkpoints.embedding_picture import is_png, read_picture
 from minisd.checkpoints.files import CheckpointError, TensorFile, flatten, open_tensors
 from minisd.checkpoints.load import load_network
 from minisd.checkpoints.opening import Opened, open_checkpoint

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from minisd.checkpoints import embeddings
-from minisd.checkpoints.families import BASES, SDXL_WIDTHS
-from minisd.checkpoints.files import TensorFile
-from minisd.checkpoints.lora_names import (
+from minisd.adapters import embeddings
+from minisd.adapters.lora_names import (
     Pair,
     layout_of,
     other_model,
@@ -22,6 +20,8 @@ from minisd.checkpoints.lora_names import (
     text_width,
     variants,
 )
+from minisd.checkpoints.families import BASES, SDXL_WIDTHS
+from minisd.checkpoints.files import TensorFile
 
 _SDXL, _UNREAD = "SDXL", "minisd runs Stable Diffusion 1.x and 2.x only"
 

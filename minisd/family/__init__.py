@@ -1,0 +1,1 @@
+"""Networks beside Stable Diffusion's own, one per file."""

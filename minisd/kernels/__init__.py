@@ -1,6 +1,0 @@
-"""Attention, in every form that minisd has of it. README.md beside this file walks from the formula to the kernels."""
-
-from minisd.kernels.attention import IMPLEMENTATIONS, attention
-from minisd.kernels.probe import attention_with_lse, weights_from_lse
-
-__all__ = ["IMPLEMENTATIONS", "attention", "attention_with_lse", "weights_from_lse"]

@@ -1,0 +1,116 @@
+"""A call of a task: everything its pictures depend on, to and from JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+from minisd import __version__
+from minisd.config import Prediction, Settings, from_dict
+from minisd.provenance.arguments import TASKS, Arguments
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that a picture was made from: its name seen from the picture's folder, and what tells it from others."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A textual-inversion file, and the token it was given; None is the file's own."""
+
+    file: File
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, and the weight it was merged at."""
+
+    file: File
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Which model drew, how it was loaded, and what was added to it."""
+
+    checkpoint: File
+    vae: File | None = None
+    weights: Literal["raw", "ema"] = "raw"
+    prediction: Prediction | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str = "cpu"
+    embeddings: tuple[Embedding, ...] = ()
+    loras: tuple[Lora, ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a task: enough to make its pictures again.
+
+    threads: of the CPU; on their number, and on torch's version, the last bit of a picture may depend.
+    """
+
+    arguments: Arguments
+    prompts: list[str]
+    settings: Settings
+    model: LoadedModel
+    inputs: dict[str, File] = field(default_factory=dict)
+    threads: int = 0
+    torch: str = ""
+    version: str = __version__
+
+    def __len__(self) -> int:
+        """How many pictures it makes."""
+        return len(self.prompts) * self.arguments.num_images
+
+    def batch(self, index: int) -> tuple[Call, int]:
+        """The call of just the batch that picture `index` is in, and its place there: the same work, bit for bit."""
+        start, count = index - index % self.settings.batch_size, self.arguments.num_images
+        places = range(start, min(start + self.settings.batch_size, len(self)))
+        varied = getattr(self.arguments, "variation_seed", None) is not None
+        counting = "variation_seed" if varied else "seed"  # the one that goes up from picture to picture
+        seed = getattr(self.arguments, counting) + start
+        arguments = replace(self.arguments, num_images=1, **{counting: seed})
+        return replace(self, prompts=[self.prompts[i // count] for i in places], arguments=arguments), index - start
+
+
+def to_json(call: Call, index: int) -> str:
+    """The record of one picture of a call."""
+    varied = getattr(call.arguments, "variation_seed", None) is not None  # then all start from one seed
+    seed = call.arguments.seed + (0 if varied else index)
+    return json.dumps({"task": call.arguments.task, "index": index, "seed": seed} | asdict(call))
+
+
+def from_json(text: str) -> tuple[Call, int]:
+    """(call, index) of `to_json`, every type checked: the text may come from anywhere. ValueError otherwise."""
+    try:
+        values = json.loads(text)
+        task, prompts, index = TASKS[values["task"]], values["prompts"], values["index"]
+        if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
+            raise ValueError("prompts must be a list of texts")
+        if not all(type(number) is int for number in (index, values["threads"])):
+            raise ValueError("index and threads must be whole numbers")
+        call = Call(
+            from_dict(task, values["arguments"]),
+            prompts,
+            from_dict(Settings, values["settings"]),
+            from_dict(LoadedModel, values["model"]),
+            {name: from_dict(File, values["inputs"][name]) for name in task.inputs},
+            values["threads"],
+            str(values["torch"]),
+            str(values["version"]),
+        )
+        call.arguments.check()
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"its record of how it was made cannot be read: {reason}") from error
+    count = len(call.prompts) * call.arguments.num_images  # len(call) itself must fit a machine's word
+    if not 0 <= index < count:
+        raise ValueError(f"its record speaks of picture {index} of a call that makes {count}")
+    return call, index

@@ -1,0 +1,90 @@
+"""The record in a PNG: A1111's `parameters` text, which other programs read, and our JSON, which `replay` reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minisd.provenance.call import Call, File, from_json, to_json
+from minisd.provenance.files import write_whole
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CHUNK = "minisd"
+SAMPLER_NAMES = {  # ours → A1111's, which other programs look for
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "dpmpp_2m": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "lms": "LMS",
+    "plms": "PLMS",
+}
+
+
+def save_png(path: Path, image: Image.Image, call: Call, index: int) -> None:
+    """Write picture `index` of a call, whole or not at all, with the record of the batch that it was made in."""
+    from PIL.PngImagePlugin import PngInfo
+
+    call, index = call.batch(index)  # a record of all prompts would grow with the square of their number
+    info = PngInfo()
+    info.add_text("parameters", parameters_text(call, index, image.size))
+    info.add_text(CHUNK, to_json(call, index))
+    write_whole(path, lambda out: image.save(out, "PNG", pnginfo=info))
+
+
+def read_png(path: Path) -> tuple[Call, int]:
+    """(call, index) of a picture that minisd made. ValueError where it carries no record, or a damaged one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get(CHUNK)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such picture") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({error})") from error
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: it does not say how it was made; replay needs a PNG as minisd saved it")
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parameters_text(call: Call, index: int, size: tuple[int, int]) -> str:
+    """What AUTOMATIC1111's web page writes into its PNGs and other programs read: prompts, then `Key: value, …`."""
+    settings, arguments = call.settings, call.arguments
+    values = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLER_NAMES.get(settings.sampler, settings.sampler),
+        "Schedule type": "Karras" if settings.spacing == "karras" else None,
+        "CFG scale": settings.guidance_scale,
+        "Seed": arguments.seed + index,
+        "Size": "{}x{}".format(*size),
+        "Model": _stem(call.model.checkpoint),
+        "Denoising strength": getattr(arguments, "strength", None),
+        "Clip skip": None if settings.clip_skip is None else settings.clip_skip + 1,
+        "TI hashes": ", ".join(f"{_stem(e.file)}: {e.file.digest[7:19]}" for e in call.model.embeddings) or None,
+        "Version": f"minisd {call.version}",
+    }
+    if getattr(arguments, "variation_seed", None) is not None:
+        values["Seed"] = arguments.seed
+        values |= {"Variation seed": arguments.variation_seed + index, "Variation seed strength": arguments.variation}
+    negative = [f"Negative prompt: {arguments.negative_prompt}"] if arguments.negative_prompt else []
+    listed = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value is not None)
+    loras = (f"<lora:{_stem(lora.file)}:{lora.weight:g}>" for lora in call.model.loras)  # A1111 has them in the prompt
+    return "\n".join([" ".join([call.prompts[index // arguments.num_images], *loras]), *negative, listed])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+def _stem(file: File) -> str:
+    path = Path(file.name)
+    return path.stem if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") else path.name

@@ -1,0 +1,1 @@
+"""Recipes that train networks from nothing, one per file."""

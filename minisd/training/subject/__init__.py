@@ -1,0 +1,1 @@
+"""Teach a model one subject from a few photos: DreamBooth, LoRA, Textual Inversion."""
