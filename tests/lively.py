@@ -14,13 +14,17 @@ from tiny import TINY
 from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.load import Checkpoint
 from minisd.config import CLIPTextConfig, ModelConfig
-from minisd.pipeline import StableDiffusion
-from minisd.tasks import Sampling
+from minisd.runtime.optimize import optimize
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks.sampling import Sampling
 
 
 def lively(kind: str | ModelConfig = "SD1", *, seed: int = 0, **changes) -> StableDiffusion:
     """A model of a kind ("SD1", "SD2_V" …); changes to its config by name. Its VAE's factor is 2, its pictures 32²."""
-    return StableDiffusion(lively_checkpoint(kind, seed=seed, **changes))
+    sd = StableDiffusion.of(lively_checkpoint(kind, seed=seed, **changes))
+    for network in sd.networks.values():
+        optimize(network)  # as `load` does
+    return sd
 
 
 def lively_checkpoint(kind: str | ModelConfig = "SD1", *, seed: int = 0, **changes) -> Checkpoint:

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 
 from minisd import attention
-from minisd.models.attention_maps import attention_weights
+from minisd.plots.attention_maps import attention_weights
 from minisd.runtime import kernels
 from minisd.runtime.kernels import IMPLEMENTATIONS, attention_with_lse, weights_from_lse
 from minisd.runtime.kernels.choice import choose

@@ -219,12 +219,12 @@ def test_only_the_new_rows_are_new_and_the_token_reads_them(tmp_path):
     assert ids[2:5].tolist() == [49408, 49409, 49410]
 
 
-@pytest.mark.parametrize("convention", ["plain", "chunked", "a1111", "comfyui"])
-def test_the_placeholder_works_in_any_prompt(tmp_path, convention):
+@pytest.mark.parametrize("prompt_syntax", ["plain", "chunked", "a1111", "comfyui"])
+def test_the_placeholder_works_in_any_prompt(tmp_path, prompt_syntax):
     sd = lively()
     save_embedding(tmp_path / "a.safetensors", "<cat-toy>", vectors(4))
     sd.load_embedding(tmp_path / "a.safetensors", token="<it>")
-    options = {"steps": 2, "convention": convention}
+    options = {"steps": 2, "prompt_syntax": prompt_syntax}
     drawn = [pixels(sd.txt2img(f"a photo of {x}, red", **options)[0]) for x in ("<it>", "<cat-toy>", "it")]
     assert abs(drawn[0] - drawn[1]).max() > 10  # <cat-toy> is plain text
     assert abs(drawn[0] - drawn[2]).max() > 10

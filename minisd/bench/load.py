@@ -43,7 +43,7 @@ class File:
 
 # A contender imports what it needs and gives the function that is measured, which gives the networks.
 def minisd(file: File) -> Callable[[], list[nn.Module]]:
-    from minisd.pipeline import load
+    from minisd.stable_diffusion import load
 
     def run() -> list[nn.Module]:
         sd = load(file.path, config=file.config, dtype=getattr(torch, file.dtype), device=file.device)

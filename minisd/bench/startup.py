@@ -19,7 +19,7 @@ def startup(checkpoint: Path | None, prompt: str, runs: int) -> dict[str, float]
 
     checkpoint: the mini model when None. ValueError where the command fails.
     """
-    from minisd.pipeline import mini_model
+    from minisd.stable_diffusion import mini_model
 
     checkpoint, taken, whole = checkpoint or mini_model(), [], []
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:

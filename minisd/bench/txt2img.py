@@ -15,7 +15,7 @@ from minisd.bench.report import Report, markdown
 from minisd.bench.startup import startup
 from minisd.bench.unet import Step
 from minisd.bench.vae import Coding
-from minisd.config import SD1, ModelConfig, Settings
+from minisd.config import SD1, ModelConfig
 
 PROMPT = "a red apple on a blue table"
 
@@ -52,15 +52,22 @@ class Picture:
 
 
 def minisd(folder: Path, picture: Picture) -> Run:
-    from minisd.pipeline import load
+    from minisd.stable_diffusion import load
     from minisd.tasks import txt2img
 
     sd, latents = load(folder, dtype=picture.torch_dtype, device=picture.device), picture.latents()
-    settings, size = Settings(steps=picture.steps, batch_size=picture.batch), picture.size
+    size = picture.size
 
     def run() -> Tensor:
         (sampling,) = txt2img(
-            sd, PROMPT, num_images=picture.batch, height=size, width=size, latents=latents, settings=settings
+            sd,
+            PROMPT,
+            num_images=picture.batch,
+            height=size,
+            width=size,
+            latents=latents,
+            steps=picture.steps,
+            batch_size=picture.batch,
         )
         return (sampling.pixels() / 2 + 0.5).clamp(0, 1)
 

@@ -19,7 +19,7 @@ from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.load import load_network
 from minisd.config import SD1, ModelConfig
 from minisd.models.vae import VAE
-from minisd.runtime.tuning import tune
+from minisd.runtime.optimize import optimize
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _through(vae: VAE, coding: Coding) -> Run:
 
 def minisd(folder: Path, coding: Coding) -> Run:
     vae = load_network(folder, "vae", cast=lambda _: coding.torch_dtype, device=coding.device)
-    tune(vae, torch.device(coding.device))  # as every task does before it
+    optimize(vae)  # as `load` does
     return _through(vae, coding)
 
 

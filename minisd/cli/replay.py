@@ -75,7 +75,7 @@ def draw_again(model: Model, call: Call, index: int, inputs: dict[str, Path]) ->
     else:
         warnings.warn(f"the picture was made on {call.threads} threads, which are not here", stacklevel=2)
     batch, place = call.batch(index)
-    for sampling in samplings(model.load(), batch, inputs):
+    for sampling in samplings(model.load(), batch, inputs, None):
         for _ in progress(sampling):
             pass
         if not sampling.is_draft:

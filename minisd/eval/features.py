@@ -23,12 +23,12 @@ from minisd.family import dino
 from minisd.family.dino import DINO
 from minisd.models import clip
 from minisd.models.clip import CLIPText, CLIPVision
-from minisd.runtime.tuning import forget_file_pages
+from minisd.runtime.allocator import forget_file_pages
 from minisd.tasks.images import to_tensor
 from minisd.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
+    from minisd.stable_diffusion import StableDiffusion
 
 Images = Tensor | Sequence[Image]  # 'b 3 h w' in [-1, 1], or uint8 0…255, or PIL pictures of any sizes
 Interpolation = Literal["bicubic", "bilinear"]
