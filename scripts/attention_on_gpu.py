@@ -30,9 +30,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from emulated import Emulator  # noqa: E402
 
-from minisd.bench.attention import SHAPES, Shape, bench_attention, distance, timer  # noqa: E402
-from minisd.bench.options import Options  # noqa: E402
-from minisd.bench.report import Report, publish  # noqa: E402
+from minisd.bench.attention import SHAPES, AttentionShape, bench_attention, timer  # noqa: E402
+from minisd.bench.options import BenchOptions  # noqa: E402
+from minisd.bench.pairs import relative_error  # noqa: E402
+from minisd.bench.report import BenchReport, publish  # noqa: E402
 from minisd.runtime.kernels import attention, fused, launch  # noqa: E402
 from minisd.runtime.kernels.choice import MEASURED  # noqa: E402
 from minisd.runtime.kernels.nvrtc import arch_of, compile_kernel  # noqa: E402
@@ -42,7 +43,7 @@ CHOICES = ("sdpa", "fused", "hopper", "matmul")  # of `auto` on a GPU
 H200 = {"mma": 790e12, "exp": 16 * 132 * 1.98e9, "memory": 4.3e12, "launch": 2e-6}  # measured rates; one graph node
 
 
-def floor(shape: Shape) -> float:
+def floor(shape: AttentionShape) -> float:
     """Seconds that no forward on an H200 can be quicker than."""
     scores = shape.b * shape.i * shape.n * shape.m
     products = 2 * scores * (-(-shape.d // 16) * 16 + shape.d) / H200["mma"]
@@ -50,14 +51,14 @@ def floor(shape: Shape) -> float:
     return max(products, scores / H200["exp"], moved / H200["memory"], H200["launch"])
 
 
-def small_shapes() -> list[Shape]:
+def small_shapes() -> list[AttentionShape]:
     """What --dry walks through."""
-    return [Shape(1, 1, min(shape.n, 100), min(shape.m, 100), shape.d) for shape in SHAPES]
+    return [AttentionShape(1, 1, min(shape.n, 100), min(shape.m, 100), shape.d) for shape in SHAPES]
 
 
 def bench(options: argparse.Namespace) -> None:
     """`minisd bench attention` with the backward pass, then the table for measured.json."""
-    how = Options(dtype=options.dtype, device="cpu" if options.dry else "cuda", pairs=1 if options.dry else 7)
+    how = BenchOptions(dtype=options.dtype, device="cpu" if options.dry else "cuda", pairs=1 if options.dry else 7)
     emulated = {"fused": lambda q, k, v: fused.forward(q, k, v, q.shape[-1] ** -0.5, launcher=Emulator())[0]}
     shapes, replaced = (small_shapes(), emulated) if options.dry else (SHAPES, None)
     report = bench_attention(how, training=not options.dry, shapes=shapes, replaced=replaced)
@@ -71,7 +72,7 @@ def bench(options: argparse.Namespace) -> None:
         write_table(rows(report, options.dtype))
 
 
-def rows(report: Report, dtype: str) -> list[dict]:
+def rows(report: BenchReport, dtype: str) -> list[dict]:
     """A measured.json row a case: µs of the forms that `auto` can choose from. Heads are counted over the batch."""
     found = []
     for case, shape in zip(report.cases, [shape for shape in SHAPES for _ in range(2)], strict=True):
@@ -151,8 +152,8 @@ def check(options: argparse.Namespace) -> None:
         expected = torch.autograd.grad(
             F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in f32)).transpose(1, 2), f32, dout.float()
         )
-        errors = [distance(x, y.double()) for x, y in zip(found, expected, strict=True)]
-        peers = [distance(x, y.double()) for x, y in zip(peer, expected, strict=True)]
+        errors = [relative_error(x, y.double()) for x, y in zip(found, expected, strict=True)]
+        peers = [relative_error(x, y.double()) for x, y in zip(peer, expected, strict=True)]
         print(f"gradients {shape}: ours {[f'{e:.1e}' for e in errors]} sdpa {[f'{e:.1e}' for e in peers]}", flush=True)
         failed |= any(not e < max(7e-3, 1.5 * p) for e, p in zip(errors, peers, strict=True))
     for tool in ("memcheck", "racecheck") if shutil.which("compute-sanitizer") and not options.dry else ():
