@@ -30,7 +30,7 @@ class _Stats(ctypes.Structure):
 
 
 class Emulator:
-    """A launcher for minisd.runtime.kernels: `emulator(launch, params)`. `counts` sums what ran; schedule orders the warps."""
+    """A launcher for runtime.kernels: `emulator(launch, params)`. `counts` sums what ran; schedule orders the warps."""
 
     def __init__(self, schedule: int = 0):
         self.schedule, self.counts = schedule, Counter()
