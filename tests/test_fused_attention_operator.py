@@ -84,7 +84,7 @@ def test_shapes_are_known_without_a_gpu():
 def test_tensors_of_a_gpu_are_traced_without_a_break_and_without_a_gpu(impl, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(choice, "quickest", lambda rows, heads: "fused")
+    monkeypatch.setattr(choice, "fastest_of", lambda rows, heads: "fused")
     graphs = []
 
     def backend(graph, inputs):
@@ -180,7 +180,7 @@ def test_kernels_that_fail_their_check_are_replaced_loudly(happens, words, monke
     monkeypatch.setattr(fused, "self_check", self_check)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a new GPU")
     fused.trusted.cache_clear()
-    with pytest.warns(RuntimeWarning, match=f"(?s){words}.* on a new GPU: the plain form runs instead"):
+    with pytest.warns(RuntimeWarning, match=f"(?s){words}.* on a new GPU: the plain version runs instead"):
         assert not fused.trusted(0, 40, torch.float16, "forward")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,8 +2,9 @@
 
 `minisd::attention_forward(q, k, v, scale, hopper) -> (o, lse)` and
 `minisd::attention_backward(dout, q, k, v, o, lse, scale) -> (dq, dk, dv)`; lse 'b i n' is the log2 of the sum of
-2^(score · log2 e). Both are deterministic. At the first use of a head width and dtype on a GPU they are compared with a
-plain PyTorch version; where they differ or do not compile, a RuntimeWarning says so and the plain one runs from then on.
+2^(score · log2 e). Both are deterministic. At the first use of a head width and dtype on a GPU they are compared
+with a plain version in PyTorch; where they differ or do not compile, a RuntimeWarning says so, and the plain one runs
+from then on.
 """
 
 from __future__ import annotations
