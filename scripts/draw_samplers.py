@@ -1,13 +1,13 @@
-"""Draw DDPM and DDIM end to end under two noise schedules: 1,500 points from noise to a picture of two moons.
+"""Plot DDPM and DDIM under two noise schedules: 1,500 points from noise to two moons.
 
-No network: the data are points, so the best possible ε is known in closed form (a mixture of Gaussians), and what one
-sees is the samplers and the schedules alone.
+No network: the data are points, so that the exact ε is known in closed form (a mixture of Gaussians), and the figure
+shows the samplers and the schedules alone.
 
     python scripts/draw_samplers.py [OUT.png]
 """
 
+import argparse
 import math
-import sys
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +41,7 @@ def exact_model(data: Tensor, schedule: Schedule):
     return model
 
 
-def main(out: str = "scripts/figures/samplers.png") -> None:
+def main(out: str) -> None:
     data = two_moons()
     schedules = {"linear": Schedule(linear_betas()), "cosine": Schedule(cosine_betas())}
     runs = {"DDPM, 1000 steps": (samplers.ddpm, 1000), "DDIM, 50 steps": (samplers.ddim, 50)}
@@ -74,4 +74,6 @@ def main(out: str = "scripts/figures/samplers.png") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", default="scripts/figures/samplers.png", help="figure to write [%(default)s]")
+    main(parser.parse_args().out)

@@ -1,12 +1,12 @@
-"""Write tests/data/tiny.safetensors: an untrained model of 0.9 million parameters, whole in every part.
+"""Write tests/data/tiny.safetensors: an untrained model of 0.9 million parameters, with every network that SD has.
 
-It draws nothing but coloured noise. Tests and the README's examples run on it, in the official layout and in float16.
+It draws coloured noise. Tests run on it; it is in the original layout and in float16.
 
     python scripts/make_tiny_checkpoint.py [OUT.safetensors]
 """
 
+import argparse
 import math
-import sys
 
 import torch
 
@@ -31,13 +31,13 @@ TINY = ModelConfig(
 )
 
 
-def main(out: str = "tests/data/tiny.safetensors") -> None:
+def main(out: str) -> None:
     generator = torch.Generator().manual_seed(0)
     networks = {}
     for name, config in (("unet", TINY.unet), ("vae", TINY.vae), ("text", TINY.text)):
         networks[name] = NETWORKS[name](config)
         for key, parameter in networks[name].named_parameters():
-            # matrices keep the variance of what goes through them, norms stay near 1, biases near 0
+            # matrices keep the variance of their input, norm weights are near 1, biases near 0
             noise = torch.randn(parameter.shape, generator=generator)
             gain = 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.05
             parameter.data = (gain * noise + (parameter.ndim == 1 and key.endswith("weight"))).half()
@@ -46,4 +46,6 @@ def main(out: str = "tests/data/tiny.safetensors") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", default="tests/data/tiny.safetensors", help="file to write [%(default)s]")
+    main(parser.parse_args().out)

@@ -1,6 +1,7 @@
 """The kernels as operators of torch: gradients, torch.compile, what is refused and in which words, what auto picks."""
 
 import json
+import math
 import warnings
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisd import attention
 from minisd.nn.attention import Attention
-from minisd.runtime.kernels import attention_with_lse, choice, fused, weights_from_lse
+from minisd.runtime.kernels import choice, fused
 from minisd.runtime.kernels.nvrtc import CompilerMissing
 
 
@@ -83,7 +84,7 @@ def test_shapes_are_known_without_a_gpu():
 def test_tensors_of_a_gpu_are_traced_without_a_break_and_without_a_gpu(impl, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(choice, "quickest", lambda rows, heads: "fused")
+    monkeypatch.setattr(choice, "fastest_of", lambda rows, heads: "fused")
     graphs = []
 
     def backend(graph, inputs):
@@ -99,14 +100,14 @@ def test_tensors_of_a_gpu_are_traced_without_a_break_and_without_a_gpu(impl, mon
     assert "minisd.attention_forward" in graphs[0]
 
 
-def test_a_probe_sees_the_weights_of_the_kernels(on_cpu):
+def test_the_log_sum_exp_gives_the_attention_weights(on_cpu):
     q, k, v = (x.detach() for x in tensors())
-    out, lse = attention_with_lse(q, k, v, impl="fused")
+    out, lse = fused.fused_attention(q, k, v, False, 40**-0.5)
     assert torch.equal(out, attention(q, k, v, impl="fused"))
-    weights = weights_from_lse(q, k, lse)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 20), atol=2e-5, rtol=0)
-    expected = (torch.einsum("b n i d, b m i d -> b i n m", q.double(), k.double()) * 40**-0.5).softmax(-1)
-    torch.testing.assert_close(weights.double(), expected, atol=2e-6, rtol=2e-5)
+    scores = torch.einsum("b n i d, b m i d -> b i n m", q.double(), k.double()) * 40**-0.5
+    weights = (scores - lse[..., None] * math.log(2)).exp()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 20).double(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(weights, scores.softmax(-1), atol=2e-6, rtol=2e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -165,7 +166,7 @@ def test_fused_on_a_cpu_says_what_to_use_instead():
 @pytest.mark.parametrize(
     ("happens", "words"),
     [
-        (1.0, "differ from the plain form by 1.0e"),
+        (1.0, "differ from the plain version by 1.0e"),
         (float("inf"), "inf"),
         (CompilerMissing("pip install it"), "pip install it"),
     ],
@@ -179,7 +180,7 @@ def test_kernels_that_fail_their_check_are_replaced_loudly(happens, words, monke
     monkeypatch.setattr(fused, "self_check", self_check)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a new GPU")
     fused.trusted.cache_clear()
-    with pytest.warns(RuntimeWarning, match=f"(?s){words}.* on a new GPU: the plain form runs instead"):
+    with pytest.warns(RuntimeWarning, match=f"(?s){words}.* on a new GPU: the plain version runs instead"):
         assert not fused.trusted(0, 40, torch.float16, "forward")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -253,7 +254,7 @@ def test_auto_takes_what_was_measured_for_no_more_heads_than_it_has(heads, picke
         {**ROW, "heads": 32, "us": {"sdpa": 20.0, "fused": 15.0}},
         {**ROW, "heads": 64, "us": {"sdpa": 40.0, "fused": 39.0, "matmul": 5.0}},
     ]
-    assert choice.quickest(rows, heads) == picked
+    assert choice.fastest_of(rows, heads) == picked
 
 
 def test_auto_reads_the_table_of_its_own_gpu_and_pass(monkeypatch, tmp_path):

@@ -38,7 +38,10 @@ SD, INPAINTING = lively(), lively("SD1_INPAINT")
         ({"variation_seed": -3, "variation_strength": 0.5}, "variation_seed is -3: give a whole number"),
         ({"height": 64, "hires_fix": 1.5}, r"hires_fix is 1.5: a denoising strength lies in \(0, 1\]"),
         ({"step": 3}, "txt2img has no option 'step': did you mean 'steps'"),
-        ({"strength": 0.5}, "txt2img has no option 'strength': did you mean 'variation_strength'[?] known: batch_size, clip_skip"),
+        (
+            {"strength": 0.5},
+            "txt2img has no option 'strength': did you mean 'variation_strength'[?] known: batch_size, clip_skip",
+        ),
     ],
 )
 def test_impossible_options_get_one_helpful_sentence(options, sentence):

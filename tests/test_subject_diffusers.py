@@ -35,7 +35,7 @@ def seen(monkeypatch):
             def recorded(*args):
                 made = batch(*args)
                 ids = recipe.ids[made.prompt]
-                found["batches"].append(theirs.Batch(made.x_0, made.noise, made.t, ids))
+                found["batches"].append(theirs.ExampleBatch(made.x_0, made.noise, made.t, ids))
                 return made
 
             recipe.batch = recorded
@@ -55,10 +55,10 @@ def with_loop(method, **fields):
     return replace(config, loop=replace(LOOP, steps=STEPS, **fields))
 
 
-def saved(tmp_path, sd, dtype) -> theirs.Models:
+def saved(tmp_path, sd, dtype) -> theirs.ExampleModels:
     """The same model as diffusers loads it."""
     save_checkpoint(sd.checkpoint, tmp_path / "theirs", layout="diffusers")
-    return theirs.Models(tmp_path / "theirs", dtype)
+    return theirs.ExampleModels(tmp_path / "theirs", dtype)
 
 
 def assert_same_losses(folder, done, rel):

@@ -1,4 +1,4 @@
-"""All cases of a subject: weights made once, programs chosen, one case measured after the other."""
+"""All cases of a benchmark: random weights written once, contenders selected, one case measured after the other."""
 
 from __future__ import annotations
 
@@ -7,41 +7,50 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from minisd.bench.machine import machine
-from minisd.bench.options import Options
-from minisd.bench.pairs import FLOAT32_DISTANCE, Case, Program, measure
-from minisd.bench.peers import chosen, judge
-from minisd.bench.process import Failed
-from minisd.bench.report import Report
+from minisd.bench.options import BenchOptions
+from minisd.bench.pairs import FLOAT32_ERROR, Case, Contender, measure
+from minisd.bench.peers import reference_of, select
+from minisd.bench.process import WorkerError
+from minisd.bench.report import BenchReport
 from minisd.bench.weights import WHOLE, write_random_folder
 
 
 def compare(
     subject: str,
     what: str,
-    contenders: Mapping[str, Program],
+    contenders: Mapping[str, Contender],
     cases: Sequence[Case],
-    options: Options,
+    options: BenchOptions,
     *,
     networks: Collection[str] = WHOLE,
-    float32_distance: float = FLOAT32_DISTANCE,
+    float32_error: float = FLOAT32_ERROR,
     matmul_side: int | None = None,
-) -> Report:
-    """minisd and the peers that the options ask for, in every case, on the same random weights.
+) -> BenchReport:
+    """minisd and the peers of the options, in every case, on the same random weights.
 
-    what: in words, what one run is. networks: those that the programs load. float32_distance: what float32 results may
-    differ by. matmul_side: of the matrices by whose product the machine is judged.
+    what: one run, in words. networks: those that the contenders load. float32_error: relative error that float32
+    results may have. matmul_side: of the matrices whose product is the machine's peak.
     """
-    programs = chosen(contenders, options.peers)
-    report = Report(subject, what, machine(options.device), options)
-    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:
-        write_random_folder(Path(folder), cases[0].config, networks)
+    selected, reference = select(contenders, options.peers), reference_of(contenders)
+    report = BenchReport(subject, what, machine(options.device), options)
+    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as path:
+        folder = Path(path)
+        write_random_folder(folder, cases[0].config, networks)
         for case in cases:
             try:
-                report.cases.append(
-                    measure(case, programs, Path(folder), options, reference=judge(contenders), matmul_side=matmul_side)
+                measured = measure(
+                    case,
+                    selected,
+                    folder,
+                    options,
+                    reference=reference,
+                    float32_error=float32_error,
+                    matmul_side=matmul_side,
                 )
-            except Failed as error:
+            except WorkerError as error:
                 if not report.cases:
                     raise
-                report.notes.append(f"{case.label}: minisd cannot: {error}")
+                report.notes.append(f"{case.label}: minisd failed: {error}")
+            else:
+                report.cases.append(measured)
     return report

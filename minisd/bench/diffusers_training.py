@@ -1,9 +1,9 @@
-"""The training steps of diffusers' examples, written out on diffusers' own modules: what minisd's recipes are held to.
+"""The training steps of diffusers' examples on diffusers' own modules: the reference of minisd's recipes.
 
-Each function loads a diffusers folder and gives an Example, which takes one optimiser step per batch. The steps are
-those of the examples (train_dreambooth.py, textual_inversion.py, train_dreambooth_lora.py), without what does not touch
-a number: accelerate, logging, saving. The tests hold minisd's weights against theirs (test_subject_diffusers.py), the
-benchmark its time (`minisd bench train`), on the same weights, latents, noise and times.
+Each function takes the models of a diffusers folder and returns an Example, which takes one optimiser step per batch.
+The steps are those of train_dreambooth.py, textual_inversion.py and train_dreambooth_lora.py without what changes no
+number: accelerate, logging, saving. The tests compare minisd's weights with theirs (test_subject_diffusers.py),
+`minisd bench train` compares the time, on the same weights, latents, noise and timesteps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Batch:
+class ExampleBatch:
     """latents, noise 'b c h w'; timesteps 'b'; input_ids 'b 77'. With a prior: first the instances, then the class."""
 
     latents: Tensor
@@ -35,18 +35,18 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Done:
-    """The loss of every step, and the weights that learnt, by diffusers' names."""
+class ExampleRun:
+    """The loss of every step, and the trained weights before and after, by diffusers' names."""
 
     losses: list[float]
     before: Weights
     after: Weights
 
 
-class Models:
+class ExampleModels:
     """What the examples load from a folder.
 
-    mixed: under autocast to bfloat16, as accelerate's --mixed_precision bf16; `freeze` then also halves what is frozen.
+    mixed: autocast to bfloat16, as accelerate's --mixed_precision bf16; `freeze` then keeps frozen weights in bfloat16.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, mixed: bool = False):
@@ -54,16 +54,16 @@ class Models:
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
         self.noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         self.mixed = mixed
-        if dtype == torch.float64:  # diffusers multiplies its betas up in float32, which alone would differ by 1e-6
-            said = self.noise_scheduler.config
-            ends = said.beta_start**0.5, said.beta_end**0.5
-            betas = torch.linspace(*ends, said.num_train_timesteps, dtype=dtype) ** 2
+        if dtype == torch.float64:  # diffusers computes ᾱ in float32, off by 1e-6
+            config = self.noise_scheduler.config
+            ends = config.beta_start**0.5, config.beta_end**0.5
+            betas = torch.linspace(*ends, config.num_train_timesteps, dtype=dtype) ** 2
             self.noise_scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         self.unet.requires_grad_(False).train()
         self.text_encoder.requires_grad_(False).train()
 
     def freeze(self, *networks: nn.Module) -> None:
-        """Weights that do not learn are kept in the precision that they are used in."""
+        """Frozen weights are kept in the precision that they are used in."""
         for network in networks if self.mixed else ():
             network.to(torch.bfloat16)
 
@@ -71,7 +71,7 @@ class Models:
         """--gradient_checkpointing."""
         self.unet.enable_gradient_checkpointing()
 
-    def loss(self, batch: Batch, prior_loss_weight: float | None = None) -> Tensor:
+    def loss(self, batch: ExampleBatch, prior_loss_weight: float | None = None) -> Tensor:
         """The loss of a batch, as all three examples compute it."""
         scheduler = self.noise_scheduler
         noisy_latents = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -94,35 +94,35 @@ class Models:
 
 @dataclass(frozen=True)
 class Example:
-    """One of the examples, ready for its first step. learnt: the weights that learn, by diffusers' names."""
+    """One of the examples, ready for its first step. trained: the weights that are trained, by diffusers' names."""
 
-    models: Models
+    models: ExampleModels
     optimizer: torch.optim.Optimizer
-    learnt: Callable[[], Weights]
+    trained: Callable[[], Weights]
     prior_loss_weight: float | None = None
     max_grad_norm: float | None = None
     restore: Callable[[], None] = lambda: None
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: ExampleBatch) -> Tensor:
         """Loss, backward, clip, step."""
-        value = self.models.loss(batch, self.prior_loss_weight)
-        value.backward()
+        loss = self.models.loss(batch, self.prior_loss_weight)
+        loss.backward()
         if self.max_grad_norm is not None:
             parameters = chain(*(group["params"] for group in self.optimizer.param_groups))
             torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
         self.restore()
         self.optimizer.zero_grad()
-        return value.detach()
+        return loss.detach()
 
-    def run(self, batches: Iterable[Batch]) -> Done:
-        before = {name: tensor.detach().clone() for name, tensor in self.learnt().items()}
+    def run(self, batches: Iterable[ExampleBatch]) -> ExampleRun:
+        before = {name: tensor.detach().clone() for name, tensor in self.trained().items()}
         losses = [self.step(batch).item() for batch in batches]
-        return Done(losses, before, {name: tensor.detach().clone() for name, tensor in self.learnt().items()})
+        return ExampleRun(losses, before, {name: tensor.detach().clone() for name, tensor in self.trained().items()})
 
 
 def dreambooth(
-    models: Models,
+    models: ExampleModels,
     *,
     lr: float,
     prior_loss_weight: float | None,
@@ -136,16 +136,16 @@ def dreambooth(
     models.freeze(*(() if train_text_encoder else (models.text_encoder,)))
     optimizer = torch.optim.AdamW(chain(*(n.parameters() for n in networks.values())), lr=lr, weight_decay=0.0)
 
-    def learnt() -> Weights:
-        named = {f"{place}.{name}": p for place, n in networks.items() for name, p in n.named_parameters()}
+    def trained() -> Weights:
+        named = {f"{network}.{name}": p for network, n in networks.items() for name, p in n.named_parameters()}
         # transformers before 5 has one more module there
         return {name.replace("text_encoder.text_model.", "text_encoder."): p for name, p in named.items()}
 
-    return Example(models, optimizer, learnt, prior_loss_weight, max_grad_norm)
+    return Example(models, optimizer, trained, prior_loss_weight, max_grad_norm)
 
 
-def textual_inversion(models: Models, rows: Tensor, *, lr: float) -> Example:
-    """textual_inversion.py, without weight decay: the whole table is optimised, and all old rows put back each time."""
+def textual_inversion(models: ExampleModels, rows: Tensor, *, lr: float) -> Example:
+    """textual_inversion.py, without weight decay: the whole table is optimised, and all old rows restored each step."""
     text_encoder = models.text_encoder
     models.freeze(models.unet)
     old = text_encoder.get_input_embeddings().weight.shape[0]
@@ -164,7 +164,7 @@ def textual_inversion(models: Models, rows: Tensor, *, lr: float) -> Example:
 
 
 def lora(
-    models: Models,
+    models: ExampleModels,
     initial: Mapping[str, Tensor] | None = None,
     *,
     rank: int,
@@ -184,5 +184,5 @@ def lora(
     if initial is not None:
         set_peft_model_state_dict(models.unet, dict(initial))
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    learnt = lambda: get_peft_model_state_dict(models.unet)  # noqa: E731
-    return Example(models, optimizer, learnt, prior_loss_weight, max_grad_norm)
+    trained = lambda: get_peft_model_state_dict(models.unet)  # noqa: E731
+    return Example(models, optimizer, trained, prior_loss_weight, max_grad_norm)

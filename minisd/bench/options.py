@@ -1,4 +1,4 @@
-"""How a benchmark measures, in plain values: the command line makes options of them."""
+"""How a benchmark measures: plain values, of which the command line makes options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from minisd.config import ModelConfig
 
 
-def _separated(kind: Callable) -> Parameter:
+def _comma_separated(kind: Callable) -> Parameter:
     """An option of several values, separated by commas."""
 
     def convert(type_, tokens: Sequence) -> tuple:
@@ -22,23 +22,22 @@ def _separated(kind: Callable) -> Parameter:
     return Parameter(converter=convert, n_tokens=1, accepts_keys=False)
 
 
-Numbers = Annotated[tuple[int, ...], _separated(int)]
-Names = Annotated[tuple[str, ...] | None, _separated(str)]
+Integers = Annotated[tuple[int, ...], _comma_separated(int)]
+Names = Annotated[tuple[str, ...] | None, _comma_separated(str)]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What every benchmark takes.
 
     Attributes:
-        dtype: of the weights and of what runs through them.
-        peers: what to measure beside minisd, separated by commas; when left out, all that is installed, but
-            for diffusers-compiled, which takes minutes.
-        pairs: how often each is measured, in turn.
+        dtype: precision of weights and activations
+        peers: libraries to compare with, comma-separated, or none; all that are installed when left out
+        pairs: timed runs of each contender, taken in turn; the median is reported
         device: cpu, cuda, cuda:1 …
-        json: also write every figure to this .json file.
-        plot: also draw time and memory, as this .png, .svg or .pdf file.
+        json: also write every measurement to this .json file
+        plot: also draw time and peak memory, as .png, .svg or .pdf
     """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -49,26 +48,26 @@ class Options:
     plot: Path | None = None
 
     def check(self) -> None:
-        """ValueError for what cannot be measured, said before anything is made."""
+        """ValueError for what cannot be measured, before anything is built."""
         if self.pairs < 1:
             raise ValueError(f"pairs is {self.pairs}: give 1 or more")
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Pictures(Options):
-    """What the benchmarks take in which pictures are made.
+class ImageBenchOptions(BenchOptions):
+    """What the benchmarks of images take.
 
     Attributes:
-        size: side of the square pictures in pixels; several, separated by commas, show how the cost grows.
-        batch: pictures at a time; likewise.
+        size: side of the square images in pixels; several, as in 256,512,1024, show how the cost grows
+        batch: images per batch; several likewise
     """
 
-    size: Numbers = (512,)
-    batch: Numbers = (1,)
+    size: Integers = (512,)
+    batch: Integers = (1,)
 
     def cases(self, config: ModelConfig) -> Iterator[tuple[int, int]]:
-        """Every (size, batch). ValueError for what cannot be measured, said before anything is made."""
+        """Every (size, batch). ValueError for what cannot be measured, before anything is built."""
         self.check()
         for name in ("size", "batch"):
             if not (values := getattr(self, name)) or min(values) < 1:

@@ -1,4 +1,4 @@
-"""Who is there to be measured beside minisd, and what the peers' programs have in common."""
+"""The peers: which libraries are compared with minisd, and what their contenders share."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from minisd.bench.options import Options
-from minisd.bench.pairs import Program
+from minisd.bench.options import BenchOptions
+from minisd.bench.pairs import Contender
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-JUDGE = "diffusers"  # whose float32 result counts as right
-# A peer's name → the packages it wants, and how to get them. A contender of no line here is minisd's own.
-NEEDS = {
+REFERENCE = "diffusers"  # whose float32 result is taken as exact
+# A peer's name → the packages it needs, and how to install them. Contenders without a row are minisd's own.
+REQUIREMENTS = {
     "diffusers": (("diffusers", "transformers"), "pip install 'minisd[parity]'"),
     "diffusers-compiled": (("diffusers", "transformers"), "pip install 'minisd[parity]'"),
     "openvino": (("openvino", "diffusers"), "pip install openvino 'minisd[parity]'"),
 }
-ASKED_FOR = ("diffusers-compiled",)  # takes minutes: only where it is named
+ONLY_BY_NAME = ("diffusers-compiled",)  # compiles for minutes
 
 
-def chosen(contenders: Mapping[str, Program], wanted: tuple[str, ...] | None) -> dict[str, Program]:
-    """minisd, then the peers that were asked for; all that are installed when wanted is None, and "none" is none.
+def select(contenders: Mapping[str, Contender], names: tuple[str, ...] | None) -> dict[str, Contender]:
+    """minisd, then the named peers; names: None for all that are installed, ("none",) for none.
 
     ValueError for an unknown peer, and for one whose packages are not installed.
     """
-    if wanted is None:
-        wanted = tuple(name for name in contenders if name != "minisd" and name not in ASKED_FOR and installed(name))
-    peers = [name for name in wanted if name not in ("none", "minisd")]
+    if names is None:
+        names = tuple(name for name in contenders if name != "minisd" and name not in ONLY_BY_NAME and installed(name))
+    peers = [name for name in names if name not in ("none", "minisd")]
     for name in peers:
         if name not in contenders:
             known = ", ".join(["none", *(name for name in contenders if name != "minisd")])
             raise ValueError(f"unknown peer {name!r}; known here: {known}")
         if not installed(name):
-            raise ValueError(f"the peer {name} is not installed: {NEEDS[name][1]}")
+            raise ValueError(f"the peer {name} is not installed: {REQUIREMENTS[name][1]}")
     return {name: contenders[name] for name in ("minisd", *peers)}
 
 
-def shared_with(contenders: Mapping[str, object], options: Options) -> Options:
-    """The options of all subjects, with those of the peers that this one knows; all of its own where it knows none."""
-    known = tuple(name for name in options.peers or () if name == "none" or name in contenders)
-    return replace(options, peers=known or None)
+def with_known_peers(contenders: Mapping[str, object], options: BenchOptions) -> BenchOptions:
+    """The options, with those of their peers that are among these contenders; where none is, with all installed."""
+    peers = tuple(name for name in options.peers or () if name == "none" or name in contenders)
+    return replace(options, peers=peers or None)
 
 
 def installed(name: str) -> bool:
-    packages, _ = NEEDS.get(name, ((), ""))
+    packages, _ = REQUIREMENTS.get(name, ((), ""))
     return all(importlib.util.find_spec(package) for package in packages)
 
 
-def judge(contenders: Mapping[str, Program]) -> Program | None:
-    """The program whose float32 result counts as right; None where it is not installed."""
-    return contenders[JUDGE] if installed(JUDGE) else None
+def reference_of(contenders: Mapping[str, Contender]) -> Contender | None:
+    """The contender whose float32 result is taken as exact; None where it is not installed."""
+    return contenders[REFERENCE] if installed(REFERENCE) else None
 
 
 def compiled_by_openvino(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> Callable[..., Tensor]:
-    """A PyTorch module as OpenVINO runs it on the CPU, for inputs of these shapes: *inputs → its one output."""
+    """A PyTorch module compiled by OpenVINO for the CPU and inputs of these shapes: *inputs → its one output."""
     import openvino
     import torch
 

@@ -1,4 +1,4 @@
-"""What a benchmark says: a Markdown table, JSON, a picture."""
+"""What a benchmark reports: a Markdown table, JSON, a chart."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minisd.bench.options import Options
-from minisd.bench.pairs import Measured
+from minisd.bench.options import BenchOptions
+from minisd.bench.pairs import MeasuredCase
 
 
 @dataclass
-class Report:
-    """The cases of one subject. what: in words, what one run is."""
+class BenchReport:
+    """All cases of one benchmark. subject: its command's name. what: one run, in words."""
 
     subject: str
     what: str
     machine: Mapping[str, str | int]
-    options: Options
-    cases: list[Measured] = field(default_factory=list)
+    options: BenchOptions
+    cases: list[MeasuredCase] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def ratios(self) -> dict[str, float]:
         """peer → minisd's time over the peer's: the median of the pairs, and of several cases the largest."""
-        found: dict[str, float] = {}
+        largest: dict[str, float] = {}
         for case in self.cases:
             for peer, (median, _, _) in case.ratios().items():
-                found[peer] = max(found.get(peer, 0.0), median)
-        return found
+                largest[peer] = max(largest.get(peer, 0.0), median)
+        return largest
 
     def wrong(self) -> list[str]:
-        """Sentences about results of minisd that are further off than they may be; empty where all is well."""
-        found = []
+        """A sentence for each result of minisd's whose error is larger than allowed; empty where all are right."""
+        sentences = []
         for case in self.cases:
-            where = " ".join(f"{key} {value}" for key, value in case.label.items())
+            label = " ".join(f"{key} {value}" for key, value in case.label.items())
             for name, result in case.results.items():
                 if result.wrong:
-                    found.append(f"{where}: {name} is off by {result.distance:.1e}, {result.allowed:.1e} is allowed")
-        return found
+                    error, allowed = f"{result.distance:.1e}", f"{result.allowed:.1e}"
+                    sentences.append(f"{label}: {name} is off by {error}, {allowed} is allowed")
+        return sentences
 
     # -------------------------------------------------------------------------------------------------------- as text
 
@@ -47,12 +48,13 @@ class Report:
         return "\n".join([*self._header(), "", markdown(self.rows()), *(f"\n{note}" for note in self.notes)])
 
     def _header(self) -> Iterator[str]:
-        m, how = self.machine, f"{self.options.dtype}, {self.options.pairs} pairs"
-        yield f"**minisd bench {self.subject}**: {self.what}; {how}, {m['date']}"
+        m, settings = self.machine, f"{self.options.dtype}, {self.options.pairs} pairs"
+        yield f"**minisd bench {self.subject}**: {self.what}; {settings}, {m['date']}"
         yield ""
-        place = f"{m['cpu']}, {m['cpus']} CPUs, {m['threads']} threads" + (f", {m['gpu']}" if "gpu" in m else "")
+        memory, gpu = f"{m['memory'] / 1e9:.0f} GB", f", {m['gpu']}" if "gpu" in m else ""
+        hardware = f"{m['cpu']}, {m['cpus']} CPUs, {m['threads']} threads, {memory}{gpu}"
         versions = [f"{name} {m[name]}" for name in ("minisd", "torch", "diffusers", "openvino", "cuda") if name in m]
-        yield f"{place}; {m['system']}, Python {m['python']}, {', '.join(versions)}"
+        yield f"{hardware}; {m['system']}, Python {m['python']}, {', '.join(versions)}"
 
     def rows(self) -> list[dict]:
         rows = []
@@ -61,18 +63,18 @@ class Report:
             for name, result in case.results.items():
                 row = {**case.label, "": name}
                 if result.failed:
-                    rows.append(row | {"seconds": f"cannot: {result.failed}"[:80]})
+                    rows.append(row | {"seconds": f"failed: {result.failed}"[:80]})
                     continue
                 row["seconds"] = f"{result.median:.3g}"
-                row["minisd's time over it"] = _ratio(ratios[name]) if name in ratios else ""
+                row["time, minisd / peer"] = _ratio(ratios[name]) if name in ratios else ""
                 if case.flop:
                     row["GFLOP/s"] = f"{case.flop / result.median / 1e9:.0f}"
                 if case.flop and case.peak_flops:
-                    row["of the matrix product's"] = f"{case.flop / result.median / case.peak_flops:.0%}"
+                    row["of matmul's"] = f"{case.flop / result.median / case.peak_flops:.0%}"
                 if result.peak is not None:
                     row["peak (GB)"] = f"{result.peak / 1e9:.2f}"
                 if any(r.distance is not None for r in case.results.values()):
-                    row["off by"] = "" if result.distance is None else f"{result.distance:.1e}"
+                    row["relative error"] = "" if result.distance is None else f"{result.distance:.1e}"
                 rows.append(row | result.more)
         return rows
 
@@ -89,20 +91,20 @@ class Report:
         }
 
     @staticmethod
-    def _case_json(case: Measured) -> dict:
+    def _case_json(case: MeasuredCase) -> dict:
         results = {}
         for name, result in case.results.items():
             results[name] = asdict(result) | {"median": result.median if result.seconds else None}
             if result.distance is not None and not math.isfinite(result.distance):
                 results[name]["distance"] = None  # JSON has no infinity; `wrong` says it
         ratios = {
-            peer: dict(zip(("median", "low", "high"), found, strict=True)) for peer, found in case.ratios().items()
+            peer: dict(zip(("median", "low", "high"), ratio, strict=True)) for peer, ratio in case.ratios().items()
         }
         return {**case.label, "flop": case.flop, "peak_flops": case.peak_flops, "results": results, "ratios": ratios}
 
 
-def _ratio(found: tuple[float, float, float]) -> str:
-    median, low, high = found
+def _ratio(ratio: tuple[float, float, float]) -> str:
+    median, low, high = ratio
     return f"{median:.2f} ({low:.2f} – {high:.2f})"
 
 
@@ -111,7 +113,7 @@ def _plain(value):
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a Markdown table; a value that a row lacks is left empty."""
+    """Rows as a Markdown table; a column that a row lacks is left empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def lines() -> Iterator[str]:
@@ -123,36 +125,36 @@ def markdown(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines())
 
 
-def publish(reports: Iterable[Report], options: Options) -> int:
-    """Print tables and write what was asked for; 1 where a result of minisd is wrong, else 0.
+def publish(reports: Iterable[BenchReport], options: BenchOptions) -> int:
+    """Print the tables, write the JSON and the chart of the options; 1 where a result of minisd's is wrong, else 0.
 
-    Reports may be measured while they are asked for: where the last is never done, the others are printed and written.
+    reports: may measure as it is iterated; where it breaks off, the reports before are printed and written.
     """
-    done = []
+    finished = []
     for report in reports:
         print(report.markdown() + "\n", flush=True)
-        done.append(report)
+        finished.append(report)
         if options.json is not None:
-            write_json(done, options.json)
+            write_json(finished, options.json)
     if options.plot is not None:
-        from minisd.bench.picture import draw
+        from minisd.bench.chart import draw
 
-        print(draw(done, options.plot))
-    wrong = [f"{report.subject}, {sentence}" for report in done for sentence in report.wrong()]
+        print(draw(finished, options.plot))
+    wrong = [f"{report.subject}, {sentence}" for report in finished for sentence in report.wrong()]
     for sentence in wrong:
         print(f"WRONG RESULT: {sentence}")
     return 1 if wrong else 0
 
 
-def write_json(reports: Sequence[Report], path: Path) -> None:
+def write_json(reports: Sequence[BenchReport], path: Path) -> None:
     from minisd.provenance.files import write_whole
 
-    found = [report.as_json() for report in reports]
-    text = json.dumps(found[0] if len(found) == 1 else joined(found), indent=1, allow_nan=False)
+    subjects = [report.as_json() for report in reports]
+    text = json.dumps(subjects[0] if len(subjects) == 1 else joined(subjects), indent=1, allow_nan=False)
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def joined(found: list[dict]) -> dict:
-    """The JSON of several subjects: each under its name, its ratios also as "subject peer"."""
-    ratios = {f"{one['subject']} {peer}": ratio for one in found for peer, ratio in one["ratios"].items()}
-    return {"ratios": ratios, "subjects": {one["subject"]: one for one in found}}
+def joined(subjects: list[dict]) -> dict:
+    """The JSON of several benchmarks: each under its name, its ratios also as "subject peer"."""
+    ratios = {f"{one['subject']} {peer}": ratio for one in subjects for peer, ratio in one["ratios"].items()}
+    return {"ratios": ratios, "subjects": {one["subject"]: one for one in subjects}}

@@ -1,4 +1,4 @@
-"""`minisd bench train`: a step of DreamBooth, LoRA and Textual Inversion, beside diffusers' examples."""
+"""`minisd bench train`: a training step of DreamBooth, LoRA and textual inversion, beside diffusers' examples."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from minisd.bench.machine import machine
-from minisd.bench.options import Pictures
-from minisd.bench.pairs import FLOAT32_DISTANCE, NO_FURTHER, Measured, Program, Result, distance, failed, say
-from minisd.bench.peers import chosen, judge
-from minisd.bench.process import Failed, Run, Worker
-from minisd.bench.report import Report
-from minisd.bench.unet import Step
+from minisd.bench.options import ImageBenchOptions
+from minisd.bench.pairs import Contender, ContenderResult, MeasuredCase, failure, hold_to, log
+from minisd.bench.peers import reference_of, select
+from minisd.bench.process import Run, Worker, WorkerError
+from minisd.bench.report import BenchReport
+from minisd.bench.unet import GuidedStep
 from minisd.bench.weights import write_random_folder
 from minisd.config import SD1, ModelConfig
 
@@ -31,10 +31,10 @@ TOKEN, CLASS, RANK = "sks", "dog", 8
 
 
 @dataclass(frozen=True)
-class Training:
-    """One step: `batch` photos under one prompt, without prior preservation; latents are made before.
+class TrainingStep:
+    """One step on `batch` images of one prompt, without prior preservation, from latents that were encoded before.
 
-    dtype: bfloat16 means autocast; what learns is float32 either way. recompute: gradient checkpointing.
+    dtype: bfloat16 means autocast; the trained weights are float32 either way. recompute: gradient checkpointing.
     """
 
     config: ModelConfig
@@ -50,8 +50,8 @@ class Training:
         return {"method": self.method, "size": self.size, "batch": self.batch}
 
     def flop(self) -> float:
-        """Of the U-Net: forward, backward to its inputs, and to its weights where they learn."""
-        forward = Step(self.config, self.size, self.batch, self.dtype).flop() / 2
+        """Of the U-Net: forward, backward to its inputs, and to its weights where they are trained."""
+        forward = GuidedStep(self.config, self.size, self.batch, self.dtype).flop() / 2
         return forward * (3 if self.method == "dreambooth" else 2)
 
     def latents_and_noise(self) -> tuple[Tensor, Tensor]:
@@ -66,11 +66,11 @@ class Training:
         return torch.full((self.batch,), self.config.schedule.num_timesteps // 2, device=self.device)
 
 
-def with_the_first(unet: nn.Module, step: Callable[[], object]) -> Run:
-    """What is measured of a contender: the step, which gives the U-Net's output beside that of the first, taken here.
+def outputs_of_two_steps(unet: nn.Module, step: Callable[[], object]) -> Run:
+    """What is measured of a contender: the step, whose result is the U-Net's output beside that of a first step here.
 
-    The second output hangs on the whole of the first step: backward, clipping, optimiser. Outputs and not losses, which
-    are two numbers: how far those are off in bfloat16 is mostly chance.
+    The second output depends on the whole first step: backward, clipping, optimiser. Outputs and not losses, which are
+    two numbers, whose errors in bfloat16 are mostly chance.
     """
     outputs: list[Tensor] = []
     unet.register_forward_hook(lambda _, __, output: outputs.append(getattr(output, "sample", output).detach()))
@@ -85,14 +85,14 @@ def with_the_first(unet: nn.Module, step: Callable[[], object]) -> Run:
 
 
 @torch.no_grad()
-def start_alike(first_matrices: Iterable[Tensor]) -> None:
-    """A LoRA's first matrices, which each contender would draw in its own way, become the same in all of them."""
-    for matrix in first_matrices:
+def set_lora_down(matrices: Iterable[Tensor]) -> None:
+    """Set a LoRA's down matrices, which each contender would draw in its own way, to the same values."""
+    for matrix in matrices:
         matrix.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)) / matrix.shape[1] ** 0.5)
 
 
-# A contender: from the folder with the weights, and what to learn, to the function that is measured.
-def minisd(folder: Path, case: Training) -> Run:
+# A contender: (the folder with the weights, what to train) → the function that is measured.
+def minisd(folder: Path, case: TrainingStep) -> Run:
     from minisd.runtime.optimize import optimize
     from minisd.stable_diffusion import load
     from minisd.training.optimizers import build_optimizers
@@ -105,19 +105,19 @@ def minisd(folder: Path, case: Training) -> Run:
     token = "<sks>" if case.method == "textual-inversion" else TOKEN
     loop = LoopConfig(batch_size=case.batch, precision=case.dtype, ema=None)
     subject = SubjectConfig(token, CLASS, recompute=case.recompute)
-    # the photo itself is not learnt from: the latents are those of the case, for every contender
+    # a placeholder: all contenders train on the latents of the case
     photos = Photos(np.zeros((1, 1, 64, 64, 3), np.uint8), None, ((),), ("photo.png",), "benchmark")
-    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as place, torch.enable_grad():
+    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as out, torch.enable_grad():
         if case.method == "dreambooth":
             config = dreambooth.DreamBoothConfig(subject, loop=loop)
-            recipe = dreambooth.dreambooth_recipe(sd, photos, Path(place), config)
+            recipe = dreambooth.dreambooth_recipe(sd, photos, Path(out), config)
         elif case.method == "lora":
             config = lora.LoRAConfig(subject, loop=loop, rank=RANK)
-            recipe, layers = lora.lora_recipe(sd, photos, Path(place), config)
-            start_alike(layer.down.weight for layer in layers.values())
+            recipe, layers = lora.lora_recipe(sd, photos, Path(out), config)
+            set_lora_down(layer.down.weight for layer in layers.values())
         else:
             config = textual_inversion.TextualInversionConfig(subject, loop=loop)
-            recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(place), config)
+            recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(out), config)
     networks = recipe.networks.train()
     optimize(networks)
     optimizers = build_optimizers(networks, loop)
@@ -136,14 +136,14 @@ def minisd(folder: Path, case: Training) -> Run:
             optimizer.step()
             optimizer.zero_grad()
 
-    return with_the_first(networks["unet"], step)
+    return outputs_of_two_steps(networks["unet"], step)
 
 
-def diffusers(folder: Path, case: Training) -> Run:
+def diffusers(folder: Path, case: TrainingStep) -> Run:
     from minisd.bench import diffusers_training as examples
     from minisd.text.tokenizer import Tokenizer
 
-    models = examples.Models(folder, torch.float32, mixed=case.dtype == "bfloat16")
+    models = examples.ExampleModels(folder, torch.float32, mixed=case.dtype == "bfloat16")
     models.unet.to(case.device)
     models.text_encoder.to(case.device)
     if case.recompute:
@@ -157,7 +157,7 @@ def diffusers(folder: Path, case: Training) -> Run:
         elif case.method == "lora":
             attention = ["to_q", "to_k", "to_v", "to_out.0"]
             example = examples.lora(models, rank=RANK, alpha=RANK, target_modules=attention, lr=1e-4, **clipped)
-            start_alike(weight for name, weight in models.unet.named_parameters() if ".lora_A." in name)
+            set_lora_down(weight for name, weight in models.unet.named_parameters() if ".lora_A." in name)
         else:
             table = models.text_encoder.get_input_embeddings().weight
             rows = table[[tokenizer.encode(CLASS)[0]]].detach().clone()
@@ -165,82 +165,76 @@ def diffusers(folder: Path, case: Training) -> Run:
             example = examples.textual_inversion(models, rows, lr=1e-4)
     prompt = "a <sks>" if case.method == "textual-inversion" else f"a {TOKEN} {CLASS}"
     ids = tokenizer([prompt] * case.batch).to(case.device)
-    batch = examples.Batch(*case.latents_and_noise(), case.t, ids)
-    return with_the_first(models.unet, torch.enable_grad()(lambda: example.step(batch)))
+    batch = examples.ExampleBatch(*case.latents_and_noise(), case.t, ids)
+    return outputs_of_two_steps(models.unet, torch.enable_grad()(lambda: example.step(batch)))
 
 
 CONTENDERS = {"minisd": minisd, "diffusers": diffusers}
 
 
 def bench_train(
-    options: Pictures, config: ModelConfig = SD1, *, methods: Iterable[Method] = METHODS, recompute: bool = False
-) -> Report:
-    """Seconds and peak of one step of each method; every contender has a new process in every pair.
+    options: ImageBenchOptions,
+    config: ModelConfig = SD1,
+    *,
+    methods: Iterable[Method] = METHODS,
+    recompute: bool = False,
+) -> BenchReport:
+    """Seconds and peak memory of one step of each method, with PyTorch's AdamW.
 
-    Both optimise with PyTorch's AdamW. Two trainings of the official size would not fit beside each other.
+    Every contender has a new process in every pair: two trainings of the official size do not fit beside each other.
     """
     if options.dtype == "float16":
         raise ValueError("float16 is no precision to train in here: give bfloat16 or float32")
-    if strangers := [method for method in methods if method not in METHODS]:
-        raise ValueError(f"unknown method {strangers[0]!r}; known: {', '.join(METHODS)}")
-    found = [
-        Training(config, method, size, batch, options.dtype, options.device, recompute)
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+    cases = [
+        TrainingStep(config, method, size, batch, options.dtype, options.device, recompute)
         for method, (size, batch) in product(methods, list(options.cases(config)))
     ]
-    programs = chosen(CONTENDERS, options.peers)
-    saved = ", gradient checkpointing" if recompute else ""
-    what = f"a training step on {config.name}, random weights, latents given{saved}"
-    report = Report("train", what, machine(options.device), options)
+    contenders = select(CONTENDERS, options.peers)
+    suffix = ", gradient checkpointing" if recompute else ""
+    what = f"a training step on {config.name}, random weights, latents precomputed{suffix}"
+    report = BenchReport("train", what, machine(options.device), options)
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:
         write_random_folder(Path(folder), config)
-        for case in found:
-            report.cases.append(_measure(case, programs, Path(folder), options))
+        for case in cases:
+            report.cases.append(_measure(case, contenders, Path(folder), options))
     return report
 
 
-def _measure(case: Training, programs: Mapping[str, Program], folder: Path, options: Pictures) -> Measured:
-    """The contenders in turn, one process at a time. What the U-Net put out in two steps is what they must agree on."""
-    found = Measured(case.label, {name: Result() for name in programs}, case.flop())
+def _measure(
+    case: TrainingStep, contenders: Mapping[str, Contender], folder: Path, options: ImageBenchOptions
+) -> MeasuredCase:
+    """The contenders in turn, one process at a time. They must agree on the U-Net's outputs in two steps."""
+    measured = MeasuredCase(case.label, {name: ContenderResult() for name in contenders}, case.flop())
     outputs: dict[str, np.ndarray] = {}
     for i in range(options.pairs):
-        names = [name for name in programs if not found.results[name].failed]
+        names = [name for name in contenders if not measured.results[name].failed]
         for name in names if i % 2 == 0 else reversed(names):
-            result = found.results[name]
+            result = measured.results[name]
             try:
-                with Worker(partial(programs[name], folder, case), options.device) as worker:
+                with Worker(partial(contenders[name], folder, case), options.device) as worker:
                     outputs[name] = worker.output()
                     result.seconds.append(worker.seconds())
                     result.peak = max(result.peak or 0, worker.peak())
-            except Failed as error:
+            except WorkerError as error:
                 if name == "minisd":
                     raise
-                found.results[name] = failed(found, name, error)
-        times = ", ".join(f"{name} {r.seconds[-1]:.3g} s" for name, r in found.results.items() if r.seconds)
-        say(found, f"pair {i + 1} of {options.pairs}: {times}")
-    _hold_together(found, outputs, case, programs, folder)
-    return found
+                measured.results[name] = failure(measured, name, error)
+        times = ", ".join(f"{name} {r.seconds[-1]:.3g} s" for name, r in measured.results.items() if r.seconds)
+        log(measured, f"pair {i + 1} of {options.pairs}: {times}")
+    if (reference := reference_of(CONTENDERS)) is not None:
+        name = next((name for name in outputs if contenders[name] is reference), None)
+        expected = outputs[name] if case.dtype == "float32" and name else _float32_output(case, reference, folder)
+        if expected is not None:
+            hold_to(measured, outputs, expected, name, case.dtype)
+    return measured
 
 
-def _hold_together(
-    found: Measured, outputs: dict[str, np.ndarray], case: Training, programs: Mapping[str, Program], folder: Path
-) -> None:
-    """Every contender's outputs against the judge's in float32."""
-    reference = judge(CONTENDERS)
-    if reference is None:
-        return
-    name = next((name for name, program in programs.items() if program is reference and name in outputs), None)
-    if case.dtype == "float32" and name:
-        expected = outputs[name]
-    else:
-        try:
-            exact = replace(case, dtype="float32")
-            with Worker(partial(reference, folder, exact), case.device) as worker:
-                expected = worker.output()
-        except Failed as error:
-            print(f"no result in float32 to compare with: {error}", file=sys.stderr)
-            return
-    for each, output in outputs.items():
-        found.results[each].distance = distance(output, expected)
-    judged = found.results[name].distance if name else None
-    allowed = FLOAT32_DISTANCE if case.dtype == "float32" else judged and NO_FURTHER * judged
-    found.results["minisd"].allowed = allowed
+def _float32_output(case: TrainingStep, reference: Contender, folder: Path) -> np.ndarray | None:
+    try:
+        with Worker(partial(reference, folder, replace(case, dtype="float32")), case.device) as worker:
+            return worker.output()
+    except WorkerError as error:
+        print(f"no float32 result to compare with: {error}", file=sys.stderr)
+        return None

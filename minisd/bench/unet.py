@@ -1,4 +1,4 @@
-"""`minisd bench unet`: one guided step of the U-Net, beside the peers' U-Nets with the same weights."""
+"""`minisd bench unet`: one denoising step of the U-Net with CFG, beside the peers' U-Nets with the same weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from minisd.bench import peers
 from minisd.bench.compare import compare
 from minisd.bench.machine import flop
-from minisd.bench.options import Options
+from minisd.bench.options import ImageBenchOptions
 from minisd.bench.process import Run
-from minisd.bench.report import Report
+from minisd.bench.report import BenchReport
 from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.load import load_network
 from minisd.config import SD1, ModelConfig
@@ -22,8 +22,8 @@ from minisd.runtime.optimize import optimize
 
 
 @dataclass(frozen=True)
-class Step:
-    """A guided step of `batch` pictures: each of them goes through the network with its prompt and without."""
+class GuidedStep:
+    """A step with CFG of `batch` images, each of which goes through the U-Net with its prompt and without."""
 
     config: ModelConfig
     size: int
@@ -42,7 +42,7 @@ class Step:
     def flop(self) -> int:
         unet = on_meta("unet", self.config.unet)
         for attention in unet.attentions().values():
-            attention.impl = "naive"  # whose products are counted one by one
+            attention.impl = "naive"  # whose matrix products the counter sees
         x_t, t, context = replace(self, dtype="float32", device="meta").inputs()
         return flop(lambda: unet(x_t, t, Conditioning(context)))
 
@@ -55,7 +55,7 @@ class Step:
         return x_t.to(self.device, self.torch_dtype), t, context.to(self.device, self.torch_dtype)
 
 
-def minisd(folder: Path, step: Step) -> Run:
+def minisd(folder: Path, step: GuidedStep) -> Run:
     unet = load_network(folder, "unet", cast=lambda _: step.torch_dtype, device=step.device)
     optimize(unet)  # as `load` does
     x_t, t, context = step.inputs()
@@ -63,21 +63,21 @@ def minisd(folder: Path, step: Step) -> Run:
     return lambda: unet(x_t, t, cond)
 
 
-def diffusers(folder: Path, step: Step) -> Run:
+def diffusers(folder: Path, step: GuidedStep) -> Run:
     unet = _diffusers_unet(folder, step)
     x_t, t, context = step.inputs()
     return lambda: unet(x_t, t, context).sample
 
 
-def diffusers_compiled(folder: Path, step: Step) -> Run:
+def diffusers_compiled(folder: Path, step: GuidedStep) -> Run:
     unet = torch.compile(_diffusers_unet(folder, step))
     x_t, t, context = step.inputs()
     return lambda: unet(x_t, t, context).sample
 
 
-def openvino(folder: Path, step: Step) -> Run:
+def openvino(folder: Path, step: GuidedStep) -> Run:
     inputs = step.inputs()
-    x_t, t, context = (x.float() for x in inputs)  # OpenVINO takes float32, and works in the precision it is told
+    x_t, t, context = (x.float() for x in inputs)  # OpenVINO takes float32 and computes in the precision of its hint
 
     class Sample(nn.Module):
         def __init__(self):
@@ -91,7 +91,7 @@ def openvino(folder: Path, step: Step) -> Run:
     return lambda: run(x_t, t, context)
 
 
-def _diffusers_unet(folder: Path, step: Step, dtype: torch.dtype | None = None) -> nn.Module:
+def _diffusers_unet(folder: Path, step: GuidedStep, dtype: torch.dtype | None = None) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype or step.torch_dtype)
@@ -106,8 +106,8 @@ CONTENDERS = {
 }
 
 
-def bench_unet(options: Options, config: ModelConfig = SD1) -> Report:
-    """Seconds of a guided step, for every size and batch of the options."""
-    cases = [Step(config, size, batch, options.dtype, options.device) for size, batch in options.cases(config)]
-    what = f"a guided step of {config.name}'s U-Net, random weights"
+def bench_unet(options: ImageBenchOptions, config: ModelConfig = SD1) -> BenchReport:
+    """Seconds of a step with CFG, for every size and batch of the options."""
+    cases = [GuidedStep(config, size, batch, options.dtype, options.device) for size, batch in options.cases(config)]
+    what = f"a denoising step of {config.name}'s U-Net with CFG, random weights"
     return compare("unet", what, CONTENDERS, cases, options, networks=("unet",))

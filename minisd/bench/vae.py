@@ -1,4 +1,4 @@
-"""`minisd bench vae`: pictures decoded and encoded, beside the peers' VAEs with the same weights."""
+"""`minisd bench vae`: images decoded and encoded, beside the peers' VAEs with the same weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from minisd.bench import peers
 from minisd.bench.compare import compare
 from minisd.bench.machine import flop
-from minisd.bench.options import Options
+from minisd.bench.options import ImageBenchOptions
 from minisd.bench.process import Run
-from minisd.bench.report import Report
+from minisd.bench.report import BenchReport
 from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.load import load_network
 from minisd.config import SD1, ModelConfig
@@ -23,8 +23,8 @@ from minisd.runtime.optimize import optimize
 
 
 @dataclass(frozen=True)
-class Coding:
-    """One way through the VAE: U-Net latents → pictures, or pictures → the mean of their latents."""
+class VAEPass:
+    """One pass through half of the VAE: U-Net latents → images, or images → the mean of their latents."""
 
     config: ModelConfig
     way: Literal["decode", "encode"]
@@ -42,7 +42,7 @@ class Coding:
         return getattr(torch, self.dtype)
 
     def input(self) -> Tensor:
-        """Latents 'b c h w', or pictures 'b 3 H W': the same in every process."""
+        """Latents 'b c h w', or images 'b 3 H W': the same in every process."""
         vae, generator = self.config.vae, torch.Generator().manual_seed(0)
         channels, side = (vae.latent_channels, self.size // vae.factor) if self.way == "decode" else (3, self.size)
         x = torch.randn(self.batch, channels, side, side, generator=generator)
@@ -53,42 +53,42 @@ class Coding:
         return flop(_through(on_meta("vae", self.config.vae), case))
 
 
-def _through(vae: VAE, coding: Coding) -> Run:
-    x = coding.input()
-    return (lambda: vae.decode(x)) if coding.way == "decode" else (lambda: vae.encode(x).mean)
+def _through(vae: VAE, vae_pass: VAEPass) -> Run:
+    x = vae_pass.input()
+    return (lambda: vae.decode(x)) if vae_pass.way == "decode" else (lambda: vae.encode(x).mean)
 
 
-def minisd(folder: Path, coding: Coding) -> Run:
-    vae = load_network(folder, "vae", cast=lambda _: coding.torch_dtype, device=coding.device)
+def minisd(folder: Path, vae_pass: VAEPass) -> Run:
+    vae = load_network(folder, "vae", cast=lambda _: vae_pass.torch_dtype, device=vae_pass.device)
     optimize(vae)  # as `load` does
-    return _through(vae, coding)
+    return _through(vae, vae_pass)
 
 
-def diffusers(folder: Path, coding: Coding) -> Run:
-    vae, x = _Diffusers(folder, coding, coding.torch_dtype), coding.input()
+def diffusers(folder: Path, vae_pass: VAEPass) -> Run:
+    vae, x = _Diffusers(folder, vae_pass, vae_pass.torch_dtype), vae_pass.input()
     return lambda: vae(x)
 
 
-def diffusers_compiled(folder: Path, coding: Coding) -> Run:
-    vae, x = torch.compile(_Diffusers(folder, coding, coding.torch_dtype)), coding.input()
+def diffusers_compiled(folder: Path, vae_pass: VAEPass) -> Run:
+    vae, x = torch.compile(_Diffusers(folder, vae_pass, vae_pass.torch_dtype)), vae_pass.input()
     return lambda: vae(x)
 
 
-def openvino(folder: Path, coding: Coding) -> Run:
-    x = coding.input().float()  # OpenVINO takes float32, and works in the precision it is told
-    run = peers.compiled_by_openvino(_Diffusers(folder, coding, torch.float32), (x,), coding.dtype)
+def openvino(folder: Path, vae_pass: VAEPass) -> Run:
+    x = vae_pass.input().float()  # OpenVINO takes float32 and computes in the precision of its hint
+    run = peers.compiled_by_openvino(_Diffusers(folder, vae_pass, torch.float32), (x,), vae_pass.dtype)
     return lambda: run(x)
 
 
 class _Diffusers(nn.Module):
-    """AutoencoderKL, from U-Net latents or to their mean."""
+    """AutoencoderKL between images and the U-Net's (scaled) latents."""
 
-    def __init__(self, folder: Path, coding: Coding, dtype: torch.dtype):
+    def __init__(self, folder: Path, vae_pass: VAEPass, dtype: torch.dtype):
         from diffusers import AutoencoderKL
 
         super().__init__()
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
-        self.vae, self.way = vae.to(coding.device).eval(), coding.way
+        self.vae, self.way = vae.to(vae_pass.device).eval(), vae_pass.way
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.vae.config.scaling_factor
@@ -105,12 +105,12 @@ CONTENDERS = {
 }
 
 
-def bench_vae(options: Options, config: ModelConfig = SD1) -> Report:
-    """Seconds of a decoding and of an encoding, for every size and batch of the options."""
+def bench_vae(options: ImageBenchOptions, config: ModelConfig = SD1) -> BenchReport:
+    """Seconds of decoding and of encoding, for every size and batch of the options."""
     cases = [
-        Coding(config, way, size, batch, options.dtype, options.device)
+        VAEPass(config, way, size, batch, options.dtype, options.device)
         for size, batch in options.cases(config)
         for way in ("decode", "encode")
     ]
-    what = f"pictures through {config.name}'s VAE, random weights"
+    what = f"images through {config.name}'s VAE, random weights"
     return compare("vae", what, CONTENDERS, cases, options, networks=("vae",))

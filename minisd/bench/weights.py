@@ -1,4 +1,4 @@
-"""Random models of a given size, written once for all contenders of a run."""
+"""Random models of a given size, written once for all contenders."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from minisd.checkpoints.keymaps import give, keymap
 from minisd.config import ModelConfig
 
 WHOLE = ("unet", "vae", "text")
+STRIDE = 7919  # a prime, between the starts of two weights' slices
 
 
 def write_random_folder(folder: Path, config: ModelConfig, networks: Collection[str] = WHOLE) -> None:
-    """A diffusers folder with random float32 weights, which every contender can read; only of some networks at need."""
-    unwanted = {SUBFOLDERS[name] for name in WHOLE if name not in networks}
-    for place, text in folder_files(config).items():
-        if place.partition("/")[0] not in unwanted:
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            (folder / place).write_text(text, encoding="utf-8")
+    """A diffusers folder with random float32 weights of some networks, which every contender can read."""
+    omitted = {SUBFOLDERS[name] for name in WHOLE if name not in networks}
+    for file, text in folder_files(config).items():
+        if file.partition("/")[0] not in omitted:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text, encoding="utf-8")
     for name in networks:
         network = on_meta(name, getattr(config, name))
         tensors = give(random_state(network), keymap(network, "hf" if name == "text" else "diffusers"))
@@ -33,16 +34,16 @@ def write_random_folder(folder: Path, config: ModelConfig, networks: Collection[
 
 
 def random_state(network: nn.Module) -> dict[str, Tensor]:
-    """Weights with which every layer passes a signal of about unit size on, so that outputs can be compared.
+    """Weights by which every layer keeps its signal at about unit variance, so that outputs can be compared.
 
-    All are stretches of one draw: as random to arithmetic as draws of their own, and made in a fraction of the time.
+    All are slices of one draw, which takes a fraction of the time of as many draws.
     """
-    like = network.state_dict()
-    draw = torch.randn(2 * max(tensor.numel() for tensor in like.values()), generator=torch.Generator().manual_seed(0))
+    shapes = network.state_dict()
+    normal = torch.randn(2 * max(map(Tensor.numel, shapes.values())), generator=torch.Generator().manual_seed(0))
     state, start = {}, 0
-    for name, tensor in like.items():
-        start = (start + 7919) % (len(draw) // 2)
-        z = draw[start : start + tensor.numel()].view(tensor.shape)
+    for name, tensor in shapes.items():
+        start = (start + STRIDE) % (len(normal) // 2)
+        z = normal[start : start + tensor.numel()].view(tensor.shape)
         if tensor.ndim > 1:
             state[name] = z * 0.02 if "embedding" in name else z / tensor[0].numel() ** 0.5
         else:

@@ -21,10 +21,10 @@ COMMANDS = {
     "files:convert": "Rewrite a checkpoint in another layout or dtype.",
 }
 PLOTS = {
-    "study:plot_schedules": "β, ᾱ and log-SNR of noise schedules, in one figure.",
-    "study:plot_noising": "A picture sinking into noise, under several schedules.",
-    "study:plot_trajectory": "What the model believes the picture to be, step by step.",
-    "study:plot_attention": "Where a picture looks at each word of its prompt.",
+    "study:plot_schedules": "Noise schedules side by side: β, ᾱ and log-SNR over t.",
+    "study:plot_noising": "Forward process: an image noised step by step under several schedules.",
+    "study:plot_trajectory": "Denoising trajectory: the predicted x_0 at each step of sampling.",
+    "study:plot_attention": "Cross-attention maps: where an image attends to each word of its prompt.",
 }
 TRAININGS = {
     "training:train_mini": "A whole model from nothing: autoencoder, CLIP, U-Net.",
@@ -38,13 +38,13 @@ EVALUATIONS = {
     "subjects:eval_subjects": "Textual inversion, LoRA and DreamBooth on held-out subjects, beside each other.",
 }
 BENCHES = {
-    "bench:bench_unet": "Time and memory of one guided step of the U-Net.",
-    "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
-    "bench:bench_txt2img": "Time and memory of whole pictures, and where a start goes.",
-    "bench:bench_load": "Time and memory of loading a checkpoint.",
-    "bench:bench_train": "Time and memory of a training step of each way to learn a subject.",
-    "bench:bench_attention": "Time and error of every form of attention.",
-    "bench:bench_all": "All of them.",
+    "bench:bench_unet": "One denoising step of SD 1's U-Net with CFG: time and peak memory.",
+    "bench:bench_vae": "Decoding and encoding with SD 1's VAE: time and peak memory.",
+    "bench:bench_txt2img": "Whole images by SD 1, and the start-up of `minisd txt2img`.",
+    "bench:bench_load": "Loading an SD 1 checkpoint: time and peak memory.",
+    "bench:bench_train": "One training step of textual inversion, LoRA and DreamBooth on SD 1.",
+    "bench:bench_attention": "Every implementation of attention in SD's shapes: time and error.",
+    "bench:bench_all": "Every benchmark in turn: half an hour or more.",
 }
 # By what is typed after "minisd".
 USAGE = {"txt2img": "txt2img [OPTIONS] PROMPT...", "plot schedules": "plot schedules [OPTIONS] [NAME...]"}
@@ -95,7 +95,7 @@ EXAMPLES = {
     "bench txt2img": ["minisd bench txt2img --dtype bfloat16 --steps 10 --pairs 3 --json txt2img.json"],
     "bench train": [
         "minisd bench train --dtype bfloat16 --peers diffusers",
-        "minisd bench train --method lora dreambooth --recompute --json train.json",
+        "minisd bench train --method lora dreambooth --gradient-checkpointing --json train.json",
     ],
     "bench attention": [
         "minisd bench attention --dtype bfloat16 --peers sdpa",
@@ -148,10 +148,24 @@ app = _app(
     version=__version__,
     suppress_keyboard_interrupt=False,
 )
-app.command(_app("plot", "Figures to study diffusion by.", PLOTS, sort_key=100))
+app.command(
+    _app(
+        "plot",
+        "Plot noise schedules, the forward process, denoising trajectories, attention maps.",
+        PLOTS,
+        sort_key=100,
+    )
+)
 app.command(_app("train", "Teach models, from nothing or a subject.", TRAININGS, sort_key=99))
 app.command(_app("eval", "Measure how good a model is.", EVALUATIONS, sort_key=100))
-app.command(_app("bench", "Measure minisd, beside its peers where they are installed.", BENCHES, sort_key=101))
+app.command(
+    _app(
+        "bench",
+        "Benchmark minisd, beside diffusers and OpenVINO where installed; random weights, nothing downloaded.",
+        BENCHES,
+        sort_key=101,
+    )
+)
 
 
 def main(tokens: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The commands that measure."""
+"""The commands that measure speed and memory."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from minisd.bench.options import Options, Pictures
+from minisd.bench.options import BenchOptions, ImageBenchOptions
 from minisd.cli.output import check_target
 
 if TYPE_CHECKING:
-    from minisd.bench.report import Report
+    from minisd.bench.report import BenchReport
 
 Flat = Parameter(name="*")  # a dataclass's fields as options of their own names
 
 
-def bench_unet(*, options: Annotated[Pictures, Flat] = Pictures()) -> int:
-    """Time and memory of one guided step of Stable Diffusion 1's U-Net with random weights."""
+def bench_unet(*, options: Annotated[ImageBenchOptions, Flat] = ImageBenchOptions()) -> int:
+    """Denoising step of SD 1's U-Net with CFG: time and peak memory, random weights."""
     check(options)
     from minisd.bench.unet import bench_unet as measure
 
     return publish([measure(options)], options)
 
 
-def bench_vae(*, options: Annotated[Pictures, Flat] = Pictures()) -> int:
-    """Time and memory of decoding and encoding pictures with Stable Diffusion 1's VAE and random weights."""
+def bench_vae(*, options: Annotated[ImageBenchOptions, Flat] = ImageBenchOptions()) -> int:
+    """Decoding and encoding with SD 1's VAE: time and peak memory, random weights."""
     check(options)
     from minisd.bench.vae import bench_vae as measure
 
@@ -36,13 +36,16 @@ def bench_vae(*, options: Annotated[Pictures, Flat] = Pictures()) -> int:
 
 
 def bench_txt2img(
-    *, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 20, checkpoint: Path | None = None
+    *,
+    options: Annotated[ImageBenchOptions, Flat] = ImageBenchOptions(),
+    steps: int = 20,
+    checkpoint: Path | None = None,
 ) -> int:
-    """Time and memory of whole pictures, random weights of the official size; and the start-up of `minisd txt2img`.
+    """Whole images by SD 1 with random weights, and the start-up of `minisd txt2img`: time and peak memory.
 
     Args:
-        steps: of each picture.
-        checkpoint: whose `minisd txt2img` is taken apart; the mini model when left out.
+        steps: DDIM steps per image
+        checkpoint: model whose start-up is broken down; the mini model when left out
     """
     check(options)
     from minisd.bench.txt2img import bench_txt2img as measure
@@ -50,8 +53,8 @@ def bench_txt2img(
     return publish([measure(options, steps=steps, checkpoint=checkpoint)], options)
 
 
-def bench_load(*, options: Annotated[Options, Flat] = Options()) -> int:
-    """Time and memory of loading a full-size Stable Diffusion 1 file with random weights of --dtype."""
+def bench_load(*, options: Annotated[BenchOptions, Flat] = BenchOptions()) -> int:
+    """Loading an SD 1 checkpoint of --dtype: time and peak memory, random weights."""
     check(options)
     from minisd.bench.load import bench_load as measure
 
@@ -60,15 +63,15 @@ def bench_load(*, options: Annotated[Options, Flat] = Options()) -> int:
 
 def bench_train(
     *,
-    options: Annotated[Pictures, Flat] = Pictures(),
+    options: Annotated[ImageBenchOptions, Flat] = ImageBenchOptions(),
     method: Annotated[list[str], Parameter(negative=(), consume_multiple=True)] = (),
-    recompute: bool = False,
+    recompute: Annotated[bool, Parameter(name=("--gradient-checkpointing", "--recompute"))] = False,
 ) -> int:
-    """Time and memory of a training step of each way to learn a subject, random weights of the official size.
+    """Training step of textual inversion, LoRA and DreamBooth on SD 1: time and peak memory, random weights.
 
     Args:
-        method: textual-inversion, lora or dreambooth; several may follow; all of them when left out.
-        recompute: with gradient checkpointing.
+        method: textual-inversion, lora or dreambooth, one or several; all three when left out
+        recompute: recompute activations in the backward pass: less memory, more time
     """
     check(options)
     from minisd.bench.train import METHODS
@@ -77,11 +80,11 @@ def bench_train(
     return publish([measure(options, methods=method or METHODS, recompute=recompute)], options)
 
 
-def bench_attention(*, options: Annotated[Options, Flat] = Options(), training: bool = False) -> int:
-    """Time and error of every form of attention in the shapes of Stable Diffusion: minisd's, PyTorch's, flash-attn's.
+def bench_attention(*, options: Annotated[BenchOptions, Flat] = BenchOptions(), training: bool = False) -> int:
+    """Every implementation of attention (minisd's, PyTorch's, flash-attn's) in SD's shapes: time and error.
 
     Args:
-        training: also forward and backward together.
+        training: also measure forward and backward pass together
     """
     check(options)
     from minisd.bench.attention import bench_attention as measure
@@ -89,43 +92,43 @@ def bench_attention(*, options: Annotated[Options, Flat] = Options(), training: 
     return publish([measure(options, training=training)], options)
 
 
-def bench_all(*, options: Annotated[Pictures, Flat] = Pictures(), steps: int = 20) -> int:
-    """All benchmarks one after the other; they take half an hour or more.
+def bench_all(*, options: Annotated[ImageBenchOptions, Flat] = ImageBenchOptions(), steps: int = 20) -> int:
+    """Every benchmark in turn: half an hour or more.
 
     Args:
-        steps: of each picture of txt2img.
+        steps: DDIM steps per image of txt2img
     """
     check(options)
     from minisd.bench import attention, load, train, txt2img, unet, vae
-    from minisd.bench.peers import shared_with
-    from minisd.bench.process import Failed
+    from minisd.bench.peers import with_known_peers
+    from minisd.bench.process import WorkerError
 
-    subjects = [
+    benchmarks = [
         (unet.bench_unet, unet.CONTENDERS),
         (vae.bench_vae, vae.CONTENDERS),
         (partial(txt2img.bench_txt2img, steps=steps), txt2img.CONTENDERS),
         (load.bench_load, load.CONTENDERS),
         (train.bench_train, train.CONTENDERS),
-        (attention.bench_attention, attention.forms()),
+        (attention.bench_attention, attention.implementations()),
     ]
-    known = {name for _, contenders in subjects for name in contenders}
-    if strangers := [name for name in options.peers or () if name not in known | {"none"}]:
-        raise ValueError(f"unknown peer {strangers[0]!r}; known: none, {', '.join(sorted(known - {'minisd'}))}")
-    failures = []
+    known = {name for _, contenders in benchmarks for name in contenders}
+    if unknown := [name for name in options.peers or () if name not in known | {"none"}]:
+        raise ValueError(f"unknown peer {unknown[0]!r}; known: none, {', '.join(sorted(known - {'minisd'}))}")
+    errors = []
 
-    def reports() -> Iterator[Report]:
-        for measure, contenders in subjects:
+    def reports() -> Iterator[BenchReport]:
+        for measure, contenders in benchmarks:
             try:
-                yield measure(shared_with(contenders, options))
-            except (Failed, ValueError) as error:  # what the others take half an hour for is kept
+                yield measure(with_known_peers(contenders, options))
+            except (WorkerError, ValueError) as error:  # half an hour of the others' results is kept
                 print(f"minisd: {error}", file=sys.stderr)
-                failures.append(error)
+                errors.append(error)
 
-    return publish(reports(), options) or int(bool(failures))
+    return publish(reports(), options) or int(bool(errors))
 
 
-def check(options: Options) -> None:
-    """ValueError for what could not be measured or written, said before minutes are spent."""
+def check(options: BenchOptions) -> None:
+    """ValueError for what could not be measured or written, before minutes are spent."""
     from minisd.cli.options import Model
     from minisd.cli.study import check_figure
 
@@ -137,7 +140,7 @@ def check(options: Options) -> None:
         check_figure(options.plot)
 
 
-def publish(reports: Iterable[Report], options: Options) -> int:
+def publish(reports: Iterable[BenchReport], options: BenchOptions) -> int:
     from minisd.bench.report import publish
 
     return publish(reports, options)

@@ -1,4 +1,4 @@
-"""The commands that draw figures."""
+"""The commands that plot figures to study by."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DRAWN = ("height", "width", *(name for name in Options.__annotations__ if name !
 
 
 def plot_schedules(*names: str, out: Path = Path("schedules.png")) -> None:
-    """Draw β, ᾱ and log-SNR of noise schedules in one figure.
+    """Noise schedules side by side: β, ᾱ and log-SNR over t.
 
     Args:
-        names: linear, scaled_linear, cosine, each also with "-zsnr" (zero terminal SNR); all three when none is named.
-        out: the figure, .png, .svg or .pdf.
+        names: linear, scaled_linear or cosine; with -zsnr behind it, rescaled to zero terminal SNR [all three]
+        out: figure to write, as .png, .svg or .pdf
     """
     from minisd.plots import plot_schedules as draw
 
@@ -36,13 +36,13 @@ def plot_noising(
     steps: int = 8,
     out: Path = Path("noising.png"),
 ) -> None:
-    """Draw a picture sinking into the same noise under several schedules, one below the other.
+    """The forward process q(x_t | x_0) on an image: one row per noise schedule, the same noise in all.
 
     Args:
-        image: the picture.
-        schedules: names as for `plot schedules`; linear and cosine when left out.
-        steps: how many times are shown.
-        out: the figure.
+        image: image to add noise to
+        schedules: noise schedules, named as for `minisd plot schedules` [linear cosine]
+        steps: timesteps shown, evenly spaced from 0 to T-1
+        out: figure to write, as .png, .svg or .pdf
     """
     from minisd.plots import plot_noising as draw
     from minisd.tasks.images import load_image
@@ -60,12 +60,12 @@ def plot_trajectory(
     model: Model = Model(),
     out: Path = Path("trajectory.png"),
 ) -> None:
-    """Draw what the model believes the finished picture to be, at each time of a sampling.
+    """The predicted x_0 at each step of sampling, decoded.
 
     Args:
-        prompt: what to draw.
-        panels: how many times are shown.
-        out: the figure.
+        prompt: text prompt
+        panels: steps shown, evenly spaced, the first and the last included
+        out: figure to write, as .png, .svg or .pdf
     """
     from minisd.plots import plot_trajectory as draw
 
@@ -83,11 +83,11 @@ def plot_attention(
     model: Model = Model(),
     out: Path = Path("attention.png"),
 ) -> None:
-    """Draw a picture, and where it looks at each word of its prompt.
+    """Cross-attention maps: where an image attends to each word of its prompt, mean over steps, layers and heads.
 
     Args:
-        prompt: what to draw.
-        out: the figure.
+        prompt: text prompt
+        out: figure to write, as .png, .svg or .pdf
     """
     from minisd.plots import plot_attention as draw
     from minisd.plots.attention_maps import AttentionMaps, prompt_words
@@ -104,11 +104,11 @@ def plot_attention(
 
 
 def check_figure(out: Path) -> None:
-    """ValueError where a figure could not be saved, said before the model draws."""
+    """ValueError where a figure could not be saved, before the model is loaded."""
     from minisd.plots.figures import FORMATS, new_figure
 
     if out.suffix.lower() not in FORMATS:
         raise ValueError(f"{out}: a figure is saved as {', '.join(FORMATS)}: name it so")
-    new_figure(1, 1)  # is matplotlib there?
+    new_figure(1, 1)  # ImportError without matplotlib
     check_target(out, overwrite=None)
     out.parent.mkdir(parents=True, exist_ok=True)

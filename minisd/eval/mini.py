@@ -27,9 +27,9 @@ from minisd.eval.frechet import frechet_distance
 from minisd.eval.intervals import Interval, bootstrap
 from minisd.eval.reconstruction import psnr, quantized, ssim
 from minisd.eval.retrieval import chance, found, thumbnails
+from minisd.models.latents import decode_latents, encode_image
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
-from minisd.models.latents import decode_latents, encode_image
 
 NEAREST = "right concept in the nearest 10"
 

@@ -1,8 +1,8 @@
-"""Pictures for study: noise schedules, the forward process, a denoising trajectory, where a picture looks at a word.
+"""Figures to study by: noise schedules, the forward process, denoising trajectories, cross-attention maps.
 
 Every `plot_…` writes one file (PNG, PDF or SVG by its suffix) and returns its path; the `…_figure` beside it returns
-the matplotlib Figure, to be changed or placed in a notebook. matplotlib comes with `pip install 'minisd[plot]'`; its
-global state (pyplot, rcParams) is left alone.
+the matplotlib Figure, to be changed or shown in a notebook. matplotlib comes with `pip install 'minisd[plot]'`; its
+global state (pyplot, rcParams) is not touched.
 """
 
 from minisd.plots.attention import attention_figure, plot_attention

@@ -1,4 +1,4 @@
-"""Where a picture looks at each word of its prompt."""
+"""Cross-attention maps: where an image attends to each word of its prompt."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def plot_attention(
     maps: Tensor, words: Sequence[tuple[str, Sequence[int]]], image: Image, out: PathLike, *, columns: int = 6
 ) -> Path:
-    """One panel per word: where the picture looks at it, as light over the dimmed picture (Hertz et al. 2022).
+    """One panel per word: its attention map as a heat map over the dimmed image (Hertz et al. 2022).
 
     maps: 'l h w', one image of `AttentionMaps.mean()`. words: (word, positions among the l tokens), as `prompt_words`
-    gives them; the tokens of a word are added up. Every panel is stretched from its own least to its own greatest
-    value, which stand below it as shares of all attention at those places: where they hardly differ, it shows little
-    but noise. Tokens that are no words (BOS above all) take most of the attention.
+    returns them; a word's tokens are summed. Every panel is scaled from its own minimum to its own maximum, which stand
+    below it as percentages of all attention at those pixels: where they hardly differ, it shows little but noise.
+    Special tokens, BOS above all, take most of the attention.
     """
     return save(attention_figure(maps, words, image, columns=columns), out)
 
@@ -43,36 +43,36 @@ def attention_figure(
             f"{beyond[0]!r} stands beyond the {len(maps)} tokens of the maps: were they of another prompt?"
         )
     rows = math.ceil((len(words) + 1) / columns)
-    picture = as_panel(image)
+    panel_image = as_panel(image)
     figure, grid = strip(
-        rows, math.ceil((len(words) + 1) / rows), picture.size, captions=True, titles_in_every_row=True
+        rows, math.ceil((len(words) + 1) / rows), panel_image.size, captions=True, titles_in_every_row=True
     )
     panels = [panel for row in grid for panel in row]
-    panels[0].imshow(picture)
+    panels[0].imshow(panel_image)
     panels[0].set_title("image", fontsize=LARGE, style="italic")
     for panel, (text, positions) in zip(panels[1:], words, strict=False):
         heat = maps[list(positions)].sum(0).double().cpu().numpy()
-        panel.imshow(_glow(heat, picture))
-        # a prompt may hold dollar signs: they are no formula
-        panel.set_title(_cut(text), fontsize=LARGE, parse_math=False)
+        panel.imshow(_heat_map(heat, panel_image))
+        # a prompt may contain dollar signs, which are no formula
+        panel.set_title(_shortened(text), fontsize=LARGE, parse_math=False)
         panel.set_xlabel(f"{100 * heat.min():.1f} – {100 * heat.max():.1f} %", fontsize=SMALL)
     for panel in panels[len(words) + 1 :]:
         panel.remove()
     return figure
 
 
-def _glow(heat: np.ndarray, picture: Image) -> np.ndarray:
-    """Heat 'h w', stretched to [0, 1] and resized, as light in matplotlib's inferno over the dimmed grey picture."""
+def _heat_map(heat: np.ndarray, panel_image: Image) -> np.ndarray:
+    """The heat map 'h w', scaled to [0, 1] and resized, in matplotlib's inferno over the dimmed grey image."""
     import matplotlib
     from PIL import Image as pil
 
-    dimmed = np.asarray(picture.convert("L").convert("RGB")) / 255 * 0.4
-    stretched = pil.fromarray(((heat - heat.min()) / max(np.ptp(heat), 1e-30)).astype(np.float32))
-    stretched = np.asarray(stretched.resize(picture.size, pil.Resampling.BICUBIC)).clip(0, 1)
-    light = matplotlib.colormaps["inferno"](stretched)[..., :3]
-    opacity = 0.8 * stretched[..., None]  # below 1, so that the picture is seen even in the brightest light
+    dimmed = np.asarray(panel_image.convert("L").convert("RGB")) / 255 * 0.4
+    scaled = pil.fromarray(((heat - heat.min()) / max(np.ptp(heat), 1e-30)).astype(np.float32))
+    scaled = np.asarray(scaled.resize(panel_image.size, pil.Resampling.BICUBIC)).clip(0, 1)
+    light = matplotlib.colormaps["inferno"](scaled)[..., :3]
+    opacity = 0.8 * scaled[..., None]  # below 1, so that the image is seen even where the map is brightest
     return dimmed * (1 - opacity) + light * opacity
 
 
-def _cut(text: str, length: int = 14) -> str:
+def _shortened(text: str, length: int = 14) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,4 +1,4 @@
-"""What the plots share: figures without pyplot, strips without resampling, files that are whole or absent."""
+"""What the plots share: figures without pyplot, strips without resampling, files written atomically."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PathLike = str | os.PathLike[str]
 FORMATS = (".png", ".pdf", ".svg")
 SMALL, LARGE = 9, 11  # points
 DPI = 200
-PANEL = 256  # pixels of the longer side of a picture in a strip: of small ones, the largest multiple of theirs below
+PANEL = 256  # pixels of the longer side of an image in a strip; small ones are enlarged by a whole factor up to that
 
 
 def new_figure(width: float, height: float, layout: str | None = None) -> Figure:
-    """An empty figure of so many inches, of its own: pyplot would keep it alive and choose a backend."""
+    """An empty figure of width × height inches, without pyplot, which would keep it alive and choose a backend."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -37,17 +37,17 @@ def new_figure(width: float, height: float, layout: str | None = None) -> Figure
 def strip(
     rows: int,
     columns: int,
-    picture: tuple[int, int],
+    size: tuple[int, int],
     *,
     captions: bool = False,
     titles_in_every_row: bool = False,
     row_titles: Sequence[str] = (),
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows × columns frames for pictures of that (width, height), at one pixel of the PNG per pixel.
+    """A figure of rows × columns panels for images of this (width, height), at one pixel of the PNG per pixel.
 
-    captions: leave room below every picture; titles_in_every_row: above every picture, otherwise above the first row.
+    captions: leave room below every image; titles_in_every_row: above every image, otherwise above the first row.
     """
-    width, height = picture
+    width, height = size
     gap, title, caption = 12, 48, 44 * captions
     left = max((17 * len(text) + gap for text in row_titles), default=0)
     cell = max(width, 250 if titles_in_every_row else 190)  # the longest word, the longest caption
@@ -66,7 +66,7 @@ def strip(
 
 
 def save(figure: Figure, out: PathLike) -> Path:
-    """Write beside, then rename: an old picture survives every failure."""
+    """Write beside, then rename: an old figure survives every failure."""
     out = Path(out)
     if out.suffix.lower() not in FORMATS:
         raise ValueError(f"cannot write a plot to {str(out)!r}: end the name in {', '.join(FORMATS)}")
@@ -83,7 +83,7 @@ def save(figure: Figure, out: PathLike) -> Path:
 
 
 def reduced(image: Image, side: int) -> Image:
-    """The picture in RGB, its longer side at most `side`."""
+    """The image in RGB, its longer side at most `side`."""
     from PIL import Image as pil
 
     from minisd.tasks.images import to_pil, to_tensor, to_uint8
@@ -94,7 +94,7 @@ def reduced(image: Image, side: int) -> Image:
 
 
 def as_panel(image: Image) -> Image:
-    """The picture in RGB at the size of a panel: reduced, or its pixels repeated a whole number of times."""
+    """The image in RGB at the size of a panel: reduced, or enlarged by a whole factor."""
     from PIL import Image as pil
 
     image = reduced(image, PANEL)

@@ -24,9 +24,9 @@ BETAS: dict[str, Callable[[], Tensor]] = {
 }
 ZERO_SNR = "-zsnr"  # "cosine-zsnr": the same betas rescaled to zero terminal SNR
 
-# Okabe & Ito's palette, which the colour-blind tell apart, without its yellow, which paper does not show.
+# Okabe & Ito's palette for the colour-blind, without its yellow, which is invisible on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES, DASHES = ("-", ":", "-."), ("--", (0, (2, 1)), (0, (6, 2, 1, 2)))  # the next pair when the colours are used up
+LINES, DASHES = ("-", ":", "-."), ("--", (0, (2, 1)), (0, (6, 2, 1, 2)))  # by how often the colours were used up
 
 
 def plot_schedules(schedules: Schedules, out: PathLike) -> Path:
@@ -76,7 +76,7 @@ def named_schedules(schedules: Schedules) -> dict[str, Schedule]:
         names = [schedules] if isinstance(schedules, str) else schedules
         named = {name: _schedule(name) for name in names}
     if not named:
-        raise ValueError(f"no schedule was given: name one or more of {', '.join(_schedule_names())}")
+        raise ValueError(f"no schedule was named: give one or more of {', '.join(_schedule_names())}")
     return named
 
 
@@ -92,7 +92,7 @@ def _schedule_names() -> list[str]:
 
 
 def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """One colour per schedule. Its zero-SNR variant is darker, thin and dashed: seen even where the two coincide."""
+    """One colour per schedule. Its zero-SNR variant is darker, thin and dashed, to be seen where the two coincide."""
     from matplotlib.colors import to_rgb
 
     families = list(dict.fromkeys(label.removesuffix(ZERO_SNR) for label in labels))

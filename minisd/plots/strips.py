@@ -1,4 +1,4 @@
-"""Strips of pictures: noise that grows, and noise that is taken away."""
+"""Strips of images: the forward process, and a denoising trajectory."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def plot_noising(
 ) -> Path:
     """The forward process q(x_t | x_0) on an image, one row per schedule (Nichol & Dhariwal 2021, figure 3).
 
-    schedules: as `plot_schedules` takes them, all of one length T. Every picture has the same noise, drawn from `seed`,
-    and every row the same `steps` times, evenly spaced from 0 to T-1; under each picture stands its signal-to-noise
-    ratio ᾱ/(1-ᾱ). size: the longer side to which a larger image is reduced before noise is added, since how much of a
-    picture survives depends on its resolution.
+    schedules: as `plot_schedules` takes them, all of one length T. All panels share one noise, drawn from `seed`, and
+    all rows the same `steps` timesteps, evenly spaced from 0 to T-1; below each stands its signal-to-noise ratio
+    ᾱ/(1-ᾱ). size: the longer side to which a larger image is reduced before noise is added, since how much of an image
+    survives depends on its resolution.
     """
     return save(noising_figure(image, schedules, steps=steps, size=size, seed=seed), out)
 
@@ -47,17 +47,17 @@ def noising_figure(
     named = named_schedules(schedules)
     lengths = {schedule.num_timesteps for schedule in named.values()}
     if len(lengths) > 1:
-        raise ValueError(f"schedules of {sorted(lengths)} steps share no times: compare schedules of one length")
+        raise ValueError(f"schedules of {sorted(lengths)} steps share no timesteps: compare schedules of one length")
     if not 2 <= steps <= min(lengths):
-        raise ValueError(f"steps is {steps}: show 2 to {min(lengths)} pictures")
+        raise ValueError(f"steps is {steps}: show 2 to {min(lengths)}")
     x_0 = _to_tensor(reduced(image, size))
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     times = [round(i * (min(lengths) - 1) / (steps - 1)) for i in range(steps)]
-    pictures = [[as_panel(_to_image(s.q_sample(x_0, t, noise))) for t in times] for s in named.values()]
-    figure, panels = strip(len(named), steps, pictures[0][0].size, captions=True, row_titles=list(named))
-    for row, images, schedule in zip(panels, pictures, named.values(), strict=True):
-        for panel, picture, t in zip(row, images, times, strict=True):
-            panel.imshow(picture)
+    rows = [[as_panel(_to_image(s.q_sample(x_0, t, noise))) for t in times] for s in named.values()]
+    figure, panels = strip(len(named), steps, rows[0][0].size, captions=True, row_titles=list(named))
+    for row, images, schedule in zip(panels, rows, named.values(), strict=True):
+        for panel, noised, t in zip(row, images, times, strict=True):
+            panel.imshow(noised)
             panel.set_xlabel(f"SNR {_short(schedule.snr[t].item())}", fontsize=SMALL)
     for panel, t in zip(panels[0], times, strict=True):
         panel.set_title(f"t = {t}", fontsize=LARGE)
@@ -65,9 +65,9 @@ def noising_figure(
 
 
 def plot_trajectory(frames: Sequence[tuple[float, Image]], out: PathLike, *, panels: int = 10) -> Path:
-    """What the model took for the finished picture at each time of a sampling: a strip of decoded x̂₀ predictions.
+    """The predicted x_0, decoded, at each timestep of sampling.
 
-    frames: (t, picture) in the order of sampling. Of more than `panels` of them so many are shown, evenly chosen, the
+    frames: (t, image) in the order of sampling. If there are more than `panels`, so many are shown, evenly spaced, the
     first and the last included.
     """
     return save(trajectory_figure(frames, panels=panels), out)
@@ -98,7 +98,7 @@ def _to_image(x: Tensor) -> Image:
 
 
 def _short(number: float) -> str:
-    """Two digits that fit under a small picture: 0.33, 120, 4.0·10⁻⁵."""
+    """Two digits that fit below a small image: 0.33, 120, 4.0·10⁻⁵."""
     if number == 0 or 0.01 <= number < 1000:
         return f"{float(f'{number:.2g}'):g}"
     mantissa, exponent = f"{number:.1e}".split("e")

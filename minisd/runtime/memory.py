@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,14 +138,10 @@ class _WholeAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def available(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not say (a CPU's, but on Linux)."""
+def available(device: torch.device) -> int:
+    """Bytes that can still be had on a device: of a GPU, and for all others of the computer's memory, without swap."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     give_back_freed_memory()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return psutil.virtual_memory().available

@@ -57,7 +57,7 @@ def hybrid_loss(
     i: LongTensor 'b', uniform in [0, n): n · vlb is then an unbiased L_vlb. Only L_simple teaches the mean.
     """
     x_t = chain.q_sample(x_0, i, noise)
-    output = network(x_t, chain.t(i).to(x_t.device))
+    output = network(x_t, torch.as_tensor(chain.t(i), device=x_t.device))
     target = training_target(x_0, x_t, i, chain, noise, predicts=predicts)
     prediction = read(output, x_t, i, chain, predicts=predicts, variance=variance)
     mean = p_mean_variance(prediction, x_t, i, chain).mean.detach()
@@ -81,7 +81,7 @@ def vlb_loss(
     Noisy over i, so meant for `LossSecondMoment`. Mean and variance are both taught; variance None fixes it at β̃.
     """
     x_t = chain.q_sample(x_0, i, noise)
-    output = network(x_t, chain.t(i).to(x_t.device))
+    output = network(x_t, torch.as_tensor(chain.t(i), device=x_t.device))
     prediction = read(output, x_t, i, chain, predicts=predicts, variance=variance)
     return len(chain) * vlb_term(prediction, x_0, x_t, i, chain)
 

@@ -16,14 +16,17 @@ def dpmpp_2m(
 
     The first step, which has no past, and the last, where λ becomes infinite, are of first order (DDIM's).
     """
-    x_0_before = h_before = None
+    previous: tuple[Tensor, Tensor] | None = None  # x_0 and h of the step before
     for t, t_prev, abar_t, abar_prev in descent(schedule, timesteps, end=1.0):
         x_0 = as_prediction(model(x, t), x, t, schedule).x_0
         h = half_log_snr(abar_prev) - half_log_snr(abar_t)
-        past_counts = x_0_before is not None and t_prev is not None
-        estimate = extrapolate(x_0, x_0_before, h_before / h) if past_counts else x_0
+        if previous is None or t_prev is None:
+            estimate = x_0
+        else:
+            x_0_before, h_before = previous
+            estimate = extrapolate(x_0, x_0_before, h_before / h)
         x = dpmpp_step(x, estimate, abar_t, abar_prev)
-        x_0_before, h_before = x_0, h
+        previous = x_0, h
         yield Step(x, x_0, t, t_prev)
 
 

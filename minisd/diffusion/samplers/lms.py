@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
@@ -25,7 +26,8 @@ def lms(
     """
     if order < 1:
         raise ValueError(f"order is {order}: the number of slopes to combine is 1 or more (4 is usual)")
-    slopes, sigmas = [], []
+    slopes: list[Tensor] = []
+    sigmas: list[Tensor] = []
     for t, t_prev, abar_t, abar_prev in descent(schedule, timesteps, end=1.0):
         prediction = as_prediction(model(x, t), x, t, schedule)
         slopes, sigmas = [prediction.eps, *slopes][:order], [sigma_from_abar(abar_t), *sigmas][:order]
@@ -48,12 +50,13 @@ def lms_coefficients(sigmas: Sequence[Tensor], sigma_prev: Tensor) -> list[Tenso
     """
     middle, half = (sigma_prev + sigmas[0]) / 2, (sigma_prev - sigmas[0]) / 2
     quadrature = [(middle + half * node, half * weight) for node, weight in zip(*leggauss(len(sigmas)), strict=True)]
-    return [sum(weight * lagrange(sigmas, j, sigma) for sigma, weight in quadrature) for j in range(len(sigmas))]
+    terms = [[weight * lagrange(sigmas, j, sigma) for sigma, weight in quadrature] for j in range(len(sigmas))]
+    return [sum(each, start=torch.zeros_like(sigma_prev)) for each in terms]
 
 
 def lagrange(nodes: Sequence[Tensor], j: int, at: Tensor) -> Tensor:
     """The polynomial that is 1 at nodes[j] and 0 at the others."""
-    value = 1.0
+    value = torch.ones_like(at)
     for k, node in enumerate(nodes):
         if k != j:
             value = value * (at - node) / (nodes[j] - node)

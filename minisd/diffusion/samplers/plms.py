@@ -20,7 +20,8 @@ def plms(
     paper's Runge-Kutta start, four calls in each of three steps, is not what Stable Diffusion uses). A Step's x_0 is
     the combined ε's.
     """
-    past, half = [], torch.tensor(0.5)
+    past: list[Tensor] = []
+    half = torch.tensor(0.5)
     for t, t_prev, _, abar_prev in descent(schedule, timesteps, end=schedule.final_alpha_cumprod):
         prediction = as_prediction(model(x, t), x, t, schedule)
         if past or t_prev is None:

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ · scale) v: written out for reading, and in the forms that are quick; one test holds them equal."""
+"""softmax(q kᵀ · scale) v: written out for reading, and in fast implementations; a test holds them equal."""
 
 from __future__ import annotations
 

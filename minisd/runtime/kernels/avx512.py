@@ -1,4 +1,4 @@
-"""Attention by attention_avx512.cpp, compiled at first use by the machine's own C++ compiler and kept for later."""
+"""Attention by attention_avx512.cpp, compiled at first use by the machine's own C++ compiler and cached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minisd.runtime.modes import needs_gradient
 SOURCE = Path(__file__).with_name("attention_avx512.cpp")
 LANES, QUERIES = 16, 48  # of attention_avx512.cpp
 WIDEST = 160  # of the heads: Stable Diffusion's widest
-# with OpenMP: its threads are those of PyTorch, which would be in the way of others
+# OpenMP, because its threads are those of PyTorch; others would compete with them
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
 
@@ -33,7 +33,7 @@ class Strides(ctypes.Structure):
 
 
 class Problem(ctypes.Structure):
-    """What attention_avx512.cpp calls by the same names."""
+    """attention_avx512.cpp's struct of this name."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
@@ -100,7 +100,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = _empty_result(q, k, v, scale)
     (images, queries, heads, width), keys, threads = q.shape, k.shape[1], torch.get_num_threads()
-    # a few tasks for each thread, so that all end at about the same time
+    # a few tasks per thread, so that all finish at about the same time
     parts = min(-(-4 * threads // (images * heads)), -(-queries // QUERIES))
     pointers = (x.data_ptr() for x in (q, k, v, out))
     strides = (Strides(*x.stride()[:3]) for x in (q, k, v, out))
@@ -125,7 +125,7 @@ torch.library.register_fake("minisd::attention_avx512", _empty_result, lib=_LIBR
 
 @functools.cache
 def can_compile(dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernel is there; the first failure is told by a RuntimeWarning."""
+    """Whether the kernel compiles and loads; the first failure is a RuntimeWarning."""
     try:
         kernel(dtype, width)
     except (RuntimeError, OSError) as error:
@@ -138,25 +138,29 @@ def can_compile(dtype: torch.dtype, width: int) -> bool:
 
 @functools.cache
 def kernel(dtype: torch.dtype, width: int) -> Callable:
-    """The compiled function of a dtype and head width. OSError or RuntimeError where that cannot be had."""
-    own = ["-mavx512bf16", "-DBFLOAT16=1"] if dtype == torch.bfloat16 else ["-DBFLOAT16=0"]
-    options = [*FLAGS, *own, f"-DCOLUMNS={-(-width // LANES)}"]
+    """The compiled function of a dtype and head width. OSError or RuntimeError where compiling or loading fails.
+
+    By hand and not by torch.utils.cpp_extension, which takes as long, but needs ninja and setuptools at run time, warns
+    of a missing CUDA runtime, and fails for good on a damaged file of its cache (BENCHMARKS.md).
+    """
+    macros = ["-mavx512bf16", "-DBFLOAT16=1"] if dtype == torch.bfloat16 else ["-DBFLOAT16=0"]
+    options = [*FLAGS, *macros, f"-DCOLUMNS={-(-width // LANES)}"]
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler(), *options]).encode()).hexdigest()
     folder = _cache()
-    kept = folder and folder / f"attention-{digest[:16]}.so"
-    if kept and kept.exists():
-        with suppress(OSError):  # one that is damaged is made anew
-            return _loaded(kept)
-    with tempfile.TemporaryDirectory(prefix="minisd-") as place:
-        made = Path(place, "attention.so")
-        done = subprocess.run([compiler(), *options, str(SOURCE), "-o", str(made)], capture_output=True, check=False)
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip()
-            raise RuntimeError(f"{compiler()} cannot compile {SOURCE.name}: {said[:2000]}")
-        if kept:
-            with suppress(OSError):
-                os.replace(shutil.copy(made, f"{kept}.{os.getpid()}"), kept)
-        return _loaded(made)
+    cached = folder and folder / f"attention-{digest[:16]}.so"
+    if cached and cached.exists():
+        with suppress(OSError):  # a damaged one is compiled again
+            return _loaded(cached)
+    with tempfile.TemporaryDirectory(prefix="minisd-") as temporary:
+        library = Path(temporary, "attention.so")
+        process = subprocess.run([compiler(), *options, str(SOURCE), "-o", str(library)], capture_output=True)
+        if process.returncode:
+            message = process.stderr.decode(errors="replace").strip()
+            raise RuntimeError(f"{compiler()} cannot compile {SOURCE.name}: {message[:2000]}")
+        if cached:
+            with suppress(OSError):  # atomically, for other processes that compile it now
+                os.replace(shutil.copy(library, f"{cached}.{os.getpid()}"), cached)
+        return _loaded(library)
 
 
 def _loaded(path: Path) -> Callable:
@@ -166,7 +170,7 @@ def _loaded(path: Path) -> Callable:
 
 
 def _cache() -> Path | None:
-    """This user's folder for what is compiled; None where there is none, or it is another's."""
+    """This user's cache folder; None where it cannot be made, or belongs to another user."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minisd")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -177,5 +181,5 @@ def _cache() -> Path | None:
 
 @functools.cache
 def compiler() -> str | None:
-    """The path of a C++ compiler that knows OpenMP: the program that CXX names, else g++; None where there is none."""
+    """Path of a C++ compiler with OpenMP: $CXX, else g++; None where there is none."""
     return shutil.which(os.environ.get("CXX") or "g++") if sys.platform == "linux" else None

@@ -1,4 +1,4 @@
-"""What impl="auto" runs: the form that was measured to be the quickest for this machine and shape, else PyTorch's."""
+"""What impl="auto" runs: the implementation measured to be the fastest on this machine and shape, else PyTorch's."""
 
 from __future__ import annotations
 
@@ -14,58 +14,55 @@ from minisd.runtime.kernels.fused import why_not_fused
 from minisd.runtime.modes import is_transformed, needs_gradient
 
 MEASURED = Path(__file__).with_name("measured.json")
-LARGE = 1024 * 40  # numbers in the keys of a head
-MANY = 2**20  # scores: below, a kernel's compilation at first use is not worth it
+LARGE_KEYS = 1024 * 40  # numbers in the keys of a head, from which the bfloat16 backward is the faster one
+MANY_SCORES = 2**20  # below, compiling the CPU kernel at first use does not pay
 MARGIN = 0.97  # of sdpa's time: differences below 3 % are within the spread of a measurement
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str:
-    """The name of the form for these tensors: "sdpa" unless measured.json, for GPUs, knows better, or these lines.
+    """The implementation for these tensors: "sdpa", unless a measurement says otherwise (BENCHMARKS.md has them).
 
-    On a CPU PyTorch's backward in bfloat16 took 1.2 to 3.6 times as long as in float32 at the shapes of the mini model
-    (2 cores, with AMX and without, torch 2.14), so that training in half precision takes "sdpa32" there; but 0.86 to
-    0.94 of that time, and half of the memory, at LARGE keys and more (AVX-512-BF16: 1024 of width 40, 256 of width 160,
-    up to 9216 of 40). Its forward took 2.1 times as long as "avx512" in bfloat16 and 1.2 times in float32 at 4096
-    tokens of width 40, 2.3 and 1.4 times with 77 keys, by 2 cores with AVX-512-BF16; with AMX it is quick.
+    GPUs: the fastest by measured.json. CPUs: "sdpa32" for training in half precision over few keys, where PyTorch's
+    backward is slow; "avx512" for sampling over many scores, on CPUs with AVX-512-BF16 and no AMX.
     """
     training = needs_gradient(q, k, v)
     (b, n, i, d), m = q.shape, k.shape[1]
     if q.device.type == "cpu":
         if training:
-            large = q.dtype == torch.bfloat16 and m * d >= LARGE
+            large = q.dtype == torch.bfloat16 and m * d >= LARGE_KEYS
             return "sdpa32" if q.dtype.itemsize == 2 and not large else "sdpa"
         plain = not is_transformed() and not torch.is_autocast_enabled("cpu")
-        takes = b * i * n * m >= MANY and plain and own_kernel_is_quick()
-        takes = takes and why_not_avx512(q, k, v, causal, scale) is None and can_compile(q.dtype, d)
-        return "avx512" if takes else "sdpa"
+        faster = b * i * n * m >= MANY_SCORES and plain and own_kernel_is_quick()
+        runs = faster and why_not_avx512(q, k, v, causal, scale) is None and can_compile(q.dtype, d)
+        return "avx512" if runs else "sdpa"
     if q.device.type != "cuda" or causal:
         return "sdpa"
-    quickest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)
-    ours = quickest in ("fused", "hopper")
-    return "sdpa" if ours and why_not_fused(q, k, v, causal, scale, hopper=quickest == "hopper") else quickest
+    fastest = _measured(q.device.index or 0, str(q.dtype).removeprefix("torch."), b * i, n, m, d, training)
+    ours = fastest in ("fused", "hopper")
+    return "sdpa" if ours and why_not_fused(q, k, v, causal, scale, hopper=fastest == "hopper") else fastest
 
 
 def own_kernel_is_quick() -> bool:
-    """Whether this CPU is like the one where "avx512" won: AVX-512-BF16 without AMX."""
+    """Whether this CPU is like the one where "avx512" was: AVX-512-BF16 without AMX."""
     return cpu_has("avx512_bf16") and not cpu_has("amx_tile")
 
 
 def _measured(device: int, dtype: str, heads: int, n: int, m: int, d: int, training: bool) -> str:
     rows = _rows(torch.cuda.get_device_name(device))
     shape = {"dtype": dtype, "n": n, "m": m, "d": d, "pass": "training" if training else "forward"}
-    return quickest([row for row in rows if all(row[key] == value for key, value in shape.items())], heads)
+    return fastest_of([row for row in rows if all(row[key] == value for key, value in shape.items())], heads)
 
 
-# For torch.compile: shapes are constants, and so is the table. This is what torch.compiler.assume_constant_result sets,
-# without its import of the whole compiler, which takes two seconds.
+# For torch.compile, to which shapes are constants, and so is the table. torch.compiler.assume_constant_result would set
+# this too, but it imports the whole compiler.
 _measured._dynamo_marked_constant = True
 
 
-def quickest(rows: list[dict], heads: int) -> str:
-    """Of rows that differ in their number of heads, the nearest one that does not have more: its quickest form.
+def fastest_of(rows: list[dict], heads: int) -> str:
+    """The fastest implementation of the row with the most heads, but not more than `heads`.
 
-    More heads fill a GPU better, for every form alike; fewer may leave it empty for one form and not for another, so
-    that nothing is concluded from a larger measurement.
+    More heads fill a GPU better, for every implementation alike; fewer may leave it idle for one and not for another,
+    so that a larger measurement says nothing.
     """
     row = max((row for row in rows if row["heads"] <= heads), key=lambda row: row["heads"], default=None)
     if row is None:

@@ -1,10 +1,10 @@
-"""Attention by this package's own CUDA kernels, as operators that autograd and torch.compile know.
+"""Attention by this package's own CUDA kernels, as PyTorch operators with autograd and torch.compile.
 
 `minisd::attention_forward(q, k, v, scale, hopper) -> (o, lse)` and
 `minisd::attention_backward(dout, q, k, v, o, lse, scale) -> (dq, dk, dv)`; lse 'b i n' is the log2 of the sum of
-2^(score · log2 e). Both are deterministic. On the first use of a head width and dtype on a GPU they are compared with
-the plain form, and where they differ, or cannot be compiled, a RuntimeWarning says so and the plain form answers from
-then on.
+2^(score · log2 e). Both are deterministic. At the first use of a head width and dtype on a GPU they are compared
+with a plain version in PyTorch; where they differ or do not compile, a RuntimeWarning says so, and the plain one runs
+from then on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from minisd.runtime.kernels.launch import (
     forward_launch,
 )
 
-# Relative L2 distance from the plain form that rounding alone explains, with room: the results are rounded once, and
-# the probabilities and their gradients once more before the second product.
+# Relative L2 error that rounding alone explains, with a margin: the results are rounded once, and the probabilities
+# and their gradients once more before the second product.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 KERNELS = {"forward": cuda_launch, "hopper": cuda_hopper_launch, "backward": cuda_launch}
 
@@ -73,8 +73,8 @@ def _wrong_gpu(device: int, hopper: bool) -> str | None:
     return f"needs compute capability {needed}, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
 
 
-# For torch.compile, which cannot look into the driver. This is what
-# torch.compiler.assume_constant_result sets, without its import of the whole compiler, which takes two seconds.
+# For torch.compile, which cannot trace into the driver. torch.compiler.assume_constant_result would set this too, but
+# imports the whole compiler.
 _wrong_gpu._dynamo_marked_constant = True
 
 
@@ -107,7 +107,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-# ------------------------------------------------------------------------------------------- the form to compare with
+# ----------------------------------------------------------------------------------------------- the plain version
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, hopper: bool = False) -> tuple[Tensor, Tensor]:
@@ -136,18 +136,18 @@ def plain_backward(
 
 @functools.cache
 def trusted(device: int, width: int, dtype: torch.dtype, kernel: str) -> bool:
-    """Does this one of KERNELS run on this GPU, and agree with the plain form? Warns where not."""
+    """Whether this one of KERNELS runs on this GPU and agrees with the plain version; warns where not."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention's kernels are compiled and checked at their first use: run once before capturing")
     try:
         error = self_check(torch.device("cuda", device), width, dtype, kernel, KERNELS[kernel])
-        failed = None if error < TOLERANCE[dtype] else f"differ from the plain form by {error:.1e}, relatively"
+        failed = None if error < TOLERANCE[dtype] else f"differ from the plain version by {error:.1e}, relatively"
     except (RuntimeError, ImportError) as problem:  # no compiler, or one that refuses; no driver binding
         failed = f"cannot be run ({problem})"
     if failed:
         warnings.warn(
             f"minisd's attention kernels ({kernel}) for {C_NAME[dtype]}, width {width}, {failed} on "
-            f"{torch.cuda.get_device_name(device)}: the plain form runs instead, which is slower",
+            f"{torch.cuda.get_device_name(device)}: the plain version runs instead, which is slower",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -155,7 +155,7 @@ def trusted(device: int, width: int, dtype: torch.dtype, kernel: str) -> bool:
 
 
 def self_check(device: torch.device, width: int, dtype: torch.dtype, kernel: str, launcher: Launcher) -> float:
-    """The largest relative distance of the kernels from the plain form, on one tile of keys and on several."""
+    """The kernels' largest relative error against the plain version, on one tile of keys and on several."""
     generator, scale, worst = torch.Generator().manual_seed(0), width**-0.5, 0.0
     for n, m in ((50, 77), (80, 150)):
         q, k, v, dout = (
@@ -163,13 +163,13 @@ def self_check(device: torch.device, width: int, dtype: torch.dtype, kernel: str
         )
         o, lse = plain_forward(q, k, v, scale)
         if kernel == "backward":
-            found = backward(dout, q, k, v, o, lse, scale, launcher=launcher)
+            outputs = backward(dout, q, k, v, o, lse, scale, launcher=launcher)
             expected = plain_backward(dout, q, k, v, o, lse, scale)
         else:
-            found, expected = forward(q, k, v, scale, kernel == "hopper", launcher=launcher), (o, lse)
-        for x, y in zip(found, expected, strict=True):
+            outputs, expected = forward(q, k, v, scale, kernel == "hopper", launcher=launcher), (o, lse)
+        for x, y in zip(outputs, expected, strict=True):
             error = (torch.linalg.vector_norm(x.float() - y.float()) / torch.linalg.vector_norm(y.float())).item()
-            worst = max(worst, error) if error == error else math.inf  # NaN is as far as can be
+            worst = max(worst, error) if error == error else math.inf  # NaN is as wrong as can be
     return worst
 
 

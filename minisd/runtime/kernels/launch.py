@@ -63,7 +63,7 @@ class Launch:
 
 
 def forward_launch(q: Tensor, k: Tensor, tile: Tile | None = None) -> Launch:
-    """The forward of q 'b n i d' over k 'b m i d', with the tile of its shape or the given one."""
+    """The forward of q 'b n i d' over k 'b m i d', with the tile of its shape, or another."""
     tiles, m = TILES[q.shape[-1]], k.shape[1]
     tile = tile or (tiles.few if m <= tiles.few.n else tiles.forward)
     one_tile = m <= tile.n
@@ -112,7 +112,7 @@ Launcher = Callable[[Launch, ctypes.Structure], None]
 
 
 def cuda_launch(launch: Launch, params: ctypes.Structure) -> None:
-    """On the current CUDA device and stream. The first launch of an instance compiles it, in about half a second."""
+    """On the current CUDA device and stream. The first launch of an instance compiles it."""
     from cuda.bindings import driver
 
     function = _loaded(torch.cuda.current_device(), launch.kernel, launch.shared, launch.source)
@@ -138,7 +138,7 @@ def _loaded(device: int, kernel: str, shared: int, source: Path):
 
 
 def checked(driver, result: tuple, kernel: str):
-    """What a call of the driver returned; RuntimeError with the driver's own words where it failed."""
+    """The value that a driver call returned; RuntimeError with the driver's message where it failed."""
     if int(result[0]):
         raise RuntimeError(f"CUDA: {driver.cuGetErrorString(result[0])[1].decode()}, for the kernel {kernel}")
     return result[1] if len(result) == 2 else None

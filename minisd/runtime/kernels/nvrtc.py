@@ -23,7 +23,7 @@ class CompilerMissing(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel's machine code, its symbol in there, and what ptxas said it takes (registers a thread, bytes)."""
+    """One kernel's machine code, its symbol in there, and its registers per thread and spilled bytes, by ptxas."""
 
     cubin: bytes
     symbol: bytes
@@ -91,7 +91,7 @@ def _checked(nvrtc, result: tuple):
 
 
 def _number(pattern: str, log: str) -> int:
-    found = re.findall(pattern, log)
-    if len(found) != 1:
+    numbers = re.findall(pattern, log)
+    if len(numbers) != 1:
         raise RuntimeError(f"the compiler's log does not say {pattern!r} once: {log[:500]}")
-    return int(found[0])
+    return int(numbers[0])
