@@ -13,16 +13,10 @@ from PIL import Image
 
 from minisd import tasks
 from minisd.config import Settings
+from minisd.files import fingerprint, write_whole
 from minisd.provenance.arguments import TASKS, Img2Img, Inpaint, Outpaint, Txt2Img
 from minisd.provenance.call import Call, Embedding, File, LoadedModel, Lora, from_json, to_json
-from minisd.provenance.files import (
-    find,
-    find_input,
-    fingerprint,
-    remember_checkpoint,
-    remember_input,
-    write_whole,
-)
+from minisd.provenance.files import find, find_input, remember_checkpoint, remember_input
 from minisd.provenance.png import parameters_text, read_png, save_png
 
 MODEL = LoadedModel(File("../models/sd-v1.5.safetensors", "sampled-sha256:0"))

@@ -24,7 +24,7 @@ from torch import Tensor
 from minisd.adapters.embedding_picture import is_png, read_picture
 from minisd.checkpoints.families import other_family
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors, save_safetensors
-from minisd.checkpoints.files.safe import written_whole
+from minisd.files import write_whole
 from minisd.models.clip import CLIPText
 from minisd.text.tokenizer import Tokenizer
 
@@ -173,5 +173,4 @@ def save_embedding(
         "sd_checkpoint": None,
         "sd_checkpoint_name": None,
     }
-    with written_whole(path) as file:
-        torch.save(content, file)
+    write_whole(path, lambda file: torch.save(content, file), make_folder=False)

@@ -145,7 +145,7 @@ def publish(reports: Iterable[Report], options: Options) -> int:
 
 
 def write_json(reports: Sequence[Report], path: Path) -> None:
-    from minisd.provenance.files import write_whole
+    from minisd.files import write_whole
 
     found = [report.as_json() for report in reports]
     text = json.dumps(found[0] if len(found) == 1 else joined(found), indent=1, allow_nan=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -21,6 +19,7 @@ from minisd.checkpoints.keymaps import KeyMap, give, keymap
 from minisd.checkpoints.load import Checkpoint
 from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY
 from minisd.config import PRESETS, ModelConfig
+from minisd.files import write_whole_folder
 
 Layout = Literal["ldm", "diffusers"]
 
@@ -79,17 +78,8 @@ def _save_folder(checkpoint: Checkpoint, path: Path) -> list[str]:
     """Everything into a folder beside, which is then renamed."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already and is not an empty folder: give a new name, or remove it first")
-    temporary = path.resolve().parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        temporary.mkdir()
-        extra = _write_folder(checkpoint, temporary)
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} (nothing was changed)", os.fspath(path)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    extra: list[str] = []
+    write_whole_folder(path, lambda folder: extra.extend(_write_folder(checkpoint, folder)))
     lines = [f"{path}: {len(checkpoint.networks)} networks, diffusers layout"]
     if extra:
         lines.append(f"{EXTRA} keeps {len(extra)} tensors that this layout cannot hold, first: {sorted(extra)[0]}")

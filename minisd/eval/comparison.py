@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
+from minisd.checkpoints.digests import network_digest
 from minisd.config import Settings
-from minisd.eval.features import network_digest
 from minisd.eval.sheets import captioned
+from minisd.files import write_whole
 from minisd.pipeline import StableDiffusion
-from minisd.provenance.files import write_whole
 from minisd.training.captions import with_article
 from minisd.training.options import Run
 from minisd.training.parallel import Processes

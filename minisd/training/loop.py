@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minisd.provenance.files import write_whole
+from minisd.files import write_whole
 from minisd.runtime.tuning import tune
 from minisd.tasks.nonfinite import first_nonfinite_layer
 from minisd.training.draws import Draws, examples

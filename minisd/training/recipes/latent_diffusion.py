@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.checkpoints.load import Checkpoint
 from minisd.config import ModelConfig, Settings
 from minisd.diffusion.gaussian import per_image
-from minisd.eval.features import network_digest
 from minisd.models.clip import CLIPText
 from minisd.models.unet import Conditioning, UNet
 from minisd.models.vae import VAE

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minisd.checkpoints.digests import network_digest
 from minisd.config import Settings
-from minisd.eval.features import network_digest
+from minisd.files import write_whole
 from minisd.pipeline import StableDiffusion
-from minisd.provenance.files import write_whole
 from minisd.tasks.images import load_image
 from minisd.training.parallel import Processes
 from minisd.training.subject.photos import Photos

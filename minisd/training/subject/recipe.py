@@ -20,15 +20,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.config import Settings
 from minisd.diffusion.gaussian import per_image
 from minisd.diffusion.schedule import Schedule
-from minisd.eval.features import network_digest
+from minisd.files import write_whole
 from minisd.models.unet import Conditioning
 from minisd.models.vae import VAE
 from minisd.pipeline import StableDiffusion
-from minisd.provenance.files import write_whole
 from minisd.runtime.tuning import forget_file_pages
 from minisd.tasks.images import grid
 from minisd.tasks.latents import encode_picture
