@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from minisd.checkpoints.building import original_dialect
-from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER, SUBFOLDERS, WEIGHTS
-from minisd.checkpoints.diffusers_write import folder_files
+from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER
+from minisd.checkpoints.diffusers_write import folder_files, is_unclip
 from minisd.checkpoints.files import folded, save_safetensors
-from minisd.checkpoints.keymaps import KeyMap, give, keymap
+from minisd.checkpoints.keymaps import KeyMap, keymap, to_official
 from minisd.checkpoints.load import Checkpoint
-from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY
+from minisd.checkpoints.networks import NETWORKS
+from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, STEP_KEY, TOKENS_KEY
 from minisd.config import PRESETS, ModelConfig
 from minisd.files import write_whole_folder
 
@@ -63,15 +63,14 @@ def _save_file(checkpoint: Checkpoint, path: Path, fold: bool) -> list[str]:
 
 def ldm_tensors(name: str, network: nn.Module, keep: set[str] | None = None) -> dict[str, Tensor]:
     """A network's tensors under their names in the original's single files; only our names in `keep`, if given."""
-    dialect = original_dialect(name, network.config)
-    prefix = PREFIXES[name, dialect] if name == "text" else PREFIXES[name]
+    dialect = NETWORKS[name].single_file_dialect(network.config)
     names = keymap(network, dialect)
-    return {prefix + key: t for key, t in _given(network, names, keep).items()}
+    names = {ours: source for ours, source in names.items() if keep is None or ours in keep}
+    return {NETWORKS[name].prefixes[dialect] + key: tensor for key, tensor in _official_tensors(network, names).items()}
 
 
-def _given(network: nn.Module, names: KeyMap, keep: set[str] | None = None) -> dict[str, Tensor]:
-    chosen = {ours: source for ours, source in names.items() if keep is None or ours in keep}
-    return {key: tensor.detach() for key, tensor in give(network.state_dict(), chosen).items()}
+def _official_tensors(network: nn.Module, names: KeyMap) -> dict[str, Tensor]:
+    return {key: tensor.detach() for key, tensor in to_official(network.state_dict(), names).items()}
 
 
 def _save_folder(checkpoint: Checkpoint, path: Path) -> list[str]:
@@ -88,33 +87,26 @@ def _save_folder(checkpoint: Checkpoint, path: Path) -> list[str]:
 
 def _write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
     extra = dict(checkpoint.extras)
-    for place, text in folder_files(checkpoint.config, checkpoint.added_tokens).items():
-        (folder / place).parent.mkdir(exist_ok=True)
-        (folder / place).write_text(text, encoding="utf-8")
+    for file, text in folder_files(checkpoint.config, checkpoint.added_tokens).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")
     for name, network in checkpoint.networks.items():
-        names = keymap(network, "hf" if name in ("text", "vision") else "diffusers")
-        if name == "text":
-            unheld = _not_in_diffusers(network, names)
-            extra |= ldm_tensors(name, network, keep=unheld) if unheld else {}
-            names = {ours: source for ours, source in names.items() if ours not in unheld}
-        path = folder / SUBFOLDERS[name] / f"{WEIGHTS[name]}.safetensors"
-        save_safetensors(path, _given(network, names), {"format": "pt"})
+        declared = NETWORKS[name]
+        names, unheld = keymap(network, declared.folder_dialect), declared.not_in_folder(network.config)
+        if rest := {ours for ours in names if ours.startswith(unheld)}:
+            extra |= ldm_tensors(name, network, keep=rest)
+        names = {ours: source for ours, source in names.items() if ours not in rest}
+        path = folder / declared.subfolder / f"{declared.weights}.safetensors"
+        save_safetensors(path, _official_tensors(network, names), {"format": "pt"})
     if normalizer := _normalizer(checkpoint.config, extra):
         save_safetensors(folder / NORMALIZER / "diffusion_pytorch_model.safetensors", normalizer, {"format": "pt"})
     save_safetensors(folder / EXTRA, extra, metadata(checkpoint))
     return list(extra)
 
 
-def _not_in_diffusers(text: nn.Module, names: KeyMap) -> set[str]:
-    """Ours of the text encoder that a CLIPTextModel of the layers that are run has no place for."""
-    run = text.config.layers - text.config.skip
-    unused = tuple(f"blocks.{i}." for i in range(run, text.config.layers))
-    return {ours for ours in names if ours.startswith((*unused, "projection"))}
-
-
 def _normalizer(config: ModelConfig, extra: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """unCLIP's statistics of image embeddings, 'mean' and 'std', each '1 e'. Those of the H model are 0 and 1."""
-    if config.vision is None or config.unet.vector_dim is None:
+    if not is_unclip(config):
         return None
     kept = [extra.get(f"noise_augmentor.data_{name}") for name in ("mean", "std")]
     if None not in kept:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from minisd.checkpoints.load import Checkpoint, load_network
-from minisd.checkpoints.opening import WHOLE, open_checkpoint
+from minisd.checkpoints.networks import WHOLE
+from minisd.checkpoints.opening import open_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import MINI, ModelConfig
 from minisd.files import write_whole
