@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from tiny import TINY
 
-from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.networks import NETWORKS
 from minisd.config import CLIPTextConfig, ModelConfig
 from minisd.runtime.optimize import optimize
 from minisd.stable_diffusion import StableDiffusion
@@ -42,7 +42,7 @@ def lively_checkpoint(kind: str | ModelConfig = "SD1", *, seed: int = 0, **chang
 
 def _network(name: str, config, seed: int) -> torch.nn.Module:
     with torch.device("meta"):
-        network = NETWORKS[name](config)
+        network = NETWORKS[name].module(config)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, like in network.state_dict().items():

@@ -16,6 +16,7 @@ from tiny import checkpoint
 from training_tiny import MODEL
 
 from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 from minisd.training.options import LoopConfig, Run
 from minisd.training.subject.dreambooth import DreamBoothConfig, train_dreambooth
 from minisd.training.subject.lora import LoRAConfig, train_lora

@@ -12,15 +12,9 @@ from lively import lively, mask, picture
 from PIL import Image
 
 from minisd import tasks
+from minisd.files import fingerprint, write_whole
 from minisd.provenance.call import Call, EmbeddingFile, File, LoadedModel, LoraFile, from_json, to_json
-from minisd.provenance.files import (
-    find,
-    find_input,
-    fingerprint,
-    remember_checkpoint,
-    remember_input,
-    write_whole,
-)
+from minisd.provenance.files import find, find_input, remember_checkpoint, remember_input
 from minisd.provenance.png import parameters_text, read_png, save_png
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import TASKS, Img2Img, Inpaint, Outpaint, Txt2Img

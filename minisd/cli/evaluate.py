@@ -55,7 +55,7 @@ def eval_mini(
         raise ValueError(f"{data} is no data set of scripts/build_emoji.py (it has no images.npy): give --data FOLDER")
     from minisd.eval import mini, report
     from minisd.eval.features import CLIPFeatures
-    from minisd.provenance.files import fingerprint, sha256, write_whole
+    from minisd.files import fingerprint, sha256, write_whole
     from minisd.stable_diffusion import mini_model
 
     began, plan = time.monotonic(), mini.Plan(seed, concepts, pictures)
@@ -94,7 +94,7 @@ def eval_mini(
 
 def _loaded(model: Model) -> dict[str, str]:
     """What was not left to the file itself."""
-    from minisd.provenance.files import sha256
+    from minisd.files import sha256
 
     names = ("weights", "prediction", "vae", "dtype", "device")
     usual, given = asdict(Model()), {name: getattr(model, name) for name in names}

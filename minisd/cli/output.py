@@ -125,7 +125,7 @@ class Strip:
 
 def save_sheet(path: Path, images: Sequence[Image.Image], columns: int | None = None) -> None:
     """All pictures on one, about square unless columns are given."""
-    from minisd.provenance.files import write_whole
+    from minisd.files import write_whole
     from minisd.tasks.images import grid
 
     sheet = grid(images, columns)

@@ -170,7 +170,7 @@ def personalise(
     Model(device=run.device).check()
     changes = {**changes, "subject": subject}
     import minisd
-    from minisd.provenance.files import write_whole
+    from minisd.files import write_whole
     from minisd.stable_diffusion import mini_model
     from minisd.training.parallel import processes
     from minisd.training.subject.photos import load_photos
@@ -286,7 +286,7 @@ def _path(text: str | None) -> Path | None:
 
 
 def _hashes(photos: Path, checkpoint: Path) -> dict[str, str]:
-    from minisd.provenance.files import fingerprint, sha256
+    from minisd.files import fingerprint, sha256
     from minisd.training.subject.photos import photo_paths
 
     return {"checkpoint": fingerprint(checkpoint)} | {path.name: sha256(path) for path in photo_paths(photos)}

@@ -103,7 +103,8 @@ def _model(recorded: LoadedModel, folder: Path, checkpoint: Path | None, vae: Pa
 
 def _weights(file: File, folder: Path, given: Path | None, option: str) -> Path:
     """Where the weights lie now; a note if they are not those of the record."""
-    from minisd.provenance.files import find, fingerprint
+    from minisd.files import fingerprint
+    from minisd.provenance.files import find
 
     path = given or find(file, folder)
     if path is None:

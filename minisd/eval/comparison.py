@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
-from minisd.eval.features import network_digest
+from minisd.checkpoints.digests import network_digest
 from minisd.eval.sheets import captioned
-from minisd.provenance.files import write_whole
+from minisd.files import write_whole
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
 from minisd.training.captions import with_article

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minisd.files import write_whole
 from minisd.provenance.call import Call, File, from_json, to_json
-from minisd.provenance.files import write_whole
 from minisd.tasks import Txt2Img
 from minisd.tasks.sampler_names import a1111_name
 

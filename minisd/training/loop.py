@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minisd.files import write_whole
 from minisd.models.nonfinite import first_nonfinite_layer
-from minisd.provenance.files import write_whole
 from minisd.runtime.optimize import channels_last, optimize
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA

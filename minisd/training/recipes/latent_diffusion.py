@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.config import ModelConfig
 from minisd.diffusion.gaussian import per_image
-from minisd.eval.features import network_digest
 from minisd.models.clip import CLIPText
 from minisd.models.unet import Conditioning, UNet
 from minisd.models.vae import VAE

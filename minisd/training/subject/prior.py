@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minisd.eval.features import network_digest
-from minisd.provenance.files import write_whole
+from minisd.checkpoints.digests import network_digest
+from minisd.files import write_whole
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
 from minisd.tasks.images import load_image

@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.diffusion.gaussian import per_image
 from minisd.diffusion.schedule import Schedule
-from minisd.eval.features import network_digest
+from minisd.files import write_whole
 from minisd.models.latents import encode_image
 from minisd.models.unet import Conditioning
 from minisd.models.vae import VAE
-from minisd.provenance.files import write_whole
 from minisd.runtime.allocator import forget_file_pages
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks.images import grid
