@@ -278,7 +278,7 @@ def test_adapters_take_other_names_and_weights_and_odd_file_names(minisd, adapte
         (["--lora", "adapters/style.safetensors:0.3", "--lora", "adapters/style.safetensors"], "is given 2 times"),
         (["--lora", "adapters/toy.pt"], "adapters/toy.pt: it holds no LoRA"),
         (["--embedding", "adapters/style.safetensors"], "it holds no textual-inversion embedding"),
-        (["--embedding", "cat.png"], "cat.png: a picture that carries no embedding"),
+        (["--embedding", "cat.png"], "cat.png: an image that carries no embedding"),
         (["--embedding", "cat=adapters/toy.pt"], "'cat' is a word of CLIP's vocabulary"),
         (["--embedding", "adapters/toy.pt", "--embedding", "adapters/toy.pt"], "'<toy>' is an added token already"),
     ],
@@ -342,10 +342,10 @@ def test_replay_refuses_pictures_of_others(minisd):
         (["txt2img", "x", "--sampler", "dimm"], "unknown sampler 'dimm'; known: ddim, "),
         (["txt2img"], "no prompt was given"),
         (["txt2img", "x", "--num-images", "0"], "num_images is 0: give 1 or more"),
-        (["txt2img", "x", "--seed", "-1"], "seed is -1: give 0 or more"),
-        (["txt2img", "x", "--steps", "0"], "steps=0: give 1 or more"),
+        (["txt2img", "x", "--seed", "-1"], "seed is -1: give a whole number from 0"),
+        (["txt2img", "x", "--steps", "0"], "steps is 0: give 1 or more"),
         (["txt2img", "x", "--guidance-scale", "nan"], "guidance_scale is nan: give a finite number"),
-        (["txt2img", "x", "--guidance-interval", "900", "100"], "give the lower time first"),
+        (["txt2img", "x", "--guidance-interval", "900", "100"], "give the lower timestep first"),
         (["txt2img", "x", "--guidance-rescale", "2"], "guidance_rescale is 2.0: it lies in"),
         (["txt2img", "x", "--device", "gpu"], "there is no device 'gpu': cpu, cuda"),
         (["txt2img", "x", "--checkpoint", "none.ckpt"], "none.ckpt: there is no such file or folder"),
@@ -361,12 +361,13 @@ def test_replay_refuses_pictures_of_others(minisd):
         (["txt2img", "x", "--out", "a.png", "--grid", "a.png"], "name the same file"),
         (["img2img", "x", "none.png"], "none.png: there is no such picture"),
         (["img2img", "x", "cat.png", "--strength", "1.5"], "strength is 1.5"),
-        (["outpaint", "x", "cat.png"], "give the new pixels of at least one side"),
+        (["outpaint", "x", "cat.png"], "give new pixels for at least one side"),
     ],
     ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else None,
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(minisd, monkeypatch, tokens, sentence):
-    monkeypatch.setattr("minisd.pipeline.load_checkpoint", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
+    loader = "minisd.stable_diffusion.load_checkpoint"
+    monkeypatch.setattr(loader, lambda *_, **__: pytest.fail("a checkpoint was loaded"))
     assert sentence in refused(minisd(*tokens, model=None if "--checkpoint" in tokens else "sd1"))
     assert pngs() == []
 
@@ -399,7 +400,7 @@ def test_black_pictures_are_pointed_out_and_kept(minisd, models):
     save_checkpoint(dark, "dark.safetensors")
     code, out, err = minisd("txt2img", "x", *QUICK, "--out", "a.png", "--checkpoint", "dark.safetensors", model=None)
     assert (code, out) == (0, "a.png\n")
-    assert "minisd: note: the picture of seed 0 is all black" in err
+    assert "minisd: note: the image of seed 0 is all black" in err
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
@@ -455,7 +456,7 @@ def test_a_large_picture_says_what_it_takes_and_one_that_cannot_fit_is_refused_b
     _, _, said = minisd("txt2img", "a", "--steps", 1)
     assert re.search(r"about \d\.\d GB of memory: weights \d\.\d, then a step \d\.\d, decoding \d\.\d", said)
     monkeypatch.setattr("minisd.runtime.memory.available", lambda _: 1000)
-    monkeypatch.setattr("minisd.pipeline.StableDiffusion.run_unet", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda *_: pytest.fail("a step was taken"))
     sentence = refused(minisd("txt2img", "a", "--steps", 1))
     assert "0.0 GB are free beside the weights: choose a smaller --batch-size" in sentence
 

@@ -23,10 +23,11 @@ from minisd.eval.features import CLIPFeatures
 from minisd.eval.report import spelled, table
 from minisd.eval.sheets import COMMON, PROMPTS, captioned, shuffled
 from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 from minisd.training.captions import with_article
 
 STYLES = ("noto", "fluent", "flat", "twemoji")
-QUICK = {"steps": 2, "batch_size": 8}
+QUICK = Txt2Img(steps=2, batch_size=8)
 PLAN = mini.Plan(concepts=4, pictures=4, reconstructions=4)
 
 
