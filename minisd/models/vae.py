@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +81,11 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.channels * mult for mult in config.channel_mult]
-        norm = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
+        norm: dict[str, Any] = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
         self.conv_in = Conv3x3(config.image_channels, config.channels)
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         for level, (width, before) in enumerate(zip(widths, [config.channels, *widths], strict=False)):
-            down = nn.Module()
+            down: Any = nn.Module()
             down.block = nn.ModuleList(
                 ResBlock(before if i == 0 else width, width, **norm) for i in range(config.num_res_blocks)
             )
@@ -110,12 +111,12 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.channels * mult for mult in config.channel_mult]
-        norm = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
+        norm: dict[str, Any] = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
         self.conv_in = Conv3x3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], norm)
-        self.up = nn.ModuleList()
+        self.up: Any = nn.ModuleList()
         for level, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
-            up = nn.Module()
+            up: Any = nn.Module()
             up.block = nn.ModuleList(
                 ResBlock(before if i == 0 else width, width, **norm) for i in range(config.num_res_blocks + 1)
             )
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, width: int, norm: dict):
+    def __init__(self, width: int, norm: dict[str, Any]):
         super().__init__()
         self.block_1 = ResBlock(width, width, **norm)
         self.attn_1 = PixelAttention(width, **norm)

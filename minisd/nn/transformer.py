@@ -48,7 +48,7 @@ class SpatialTransformer(nn.Module):
 
     def keys_values(self, context: Tensor) -> list[KeysValues]:
         """Everything that depends on the context alone, one entry per block: exact, and the same at every step."""
-        return [block.keys_values(context) for block in self.blocks]
+        return [block.keys_values(context) for block in self.blocks]  # type: ignore[operator]  # it knows only Module
 
 
 # What one block needs of a context: (k, v) of attn1 (None where it is self-attention) and of attn2.
