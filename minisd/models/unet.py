@@ -116,11 +116,7 @@ class Slot(nn.Module):
             self.resample = Downsample(channels) if plan.resample == "down" else Upsample(channels)
 
     def forward(
-        self,
-        x: Tensor,
-        emb: Tensor,
-        context: Tensor | list[KeysValues] | None,
-        size: tuple[int, int] | None = None,
+        self, x: Tensor, emb: Tensor, context: Tensor | list[KeysValues] | None, size: tuple[int, int] | None = None
     ) -> Tensor:
         """size: the side lengths that an upsampling reaches, twice x's when None."""
         if self.res is not None:
