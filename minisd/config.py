@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Prediction = Literal["eps", "v", "x_0"]
 Task = Literal["text-to-image", "inpainting", "depth-to-image", "pix2pix", "upscaling", "image-variation"]
@@ -74,7 +74,7 @@ class UNetConfig:
     attn_norm_eps: float = 1e-6
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.head_width is None):
             raise ValueError(
                 f"a U-Net has its heads by number or by width, not both: num_heads={self.num_heads}, "
@@ -92,7 +92,7 @@ class UNetConfig:
                 raise ValueError(
                     f"level {level} has {width} channels, which {self.norm_groups} norm groups do not divide"
                 )
-            if level in self.attention_levels and width % (self.num_heads or self.head_width):
+            if level in self.attention_levels and width % (self.num_heads or self.head_width or 0):
                 raise ValueError(
                     f"level {level} has {width} channels, which num_heads={self.num_heads} / "
                     f"head_width={self.head_width} does not divide"
@@ -112,7 +112,7 @@ class UNetConfig:
         last = len(self.channel_mult) - 1
 
         def with_attention(slot: SlotPlan, level: int | None) -> SlotPlan:
-            heads = self.num_heads or slot.out_channels // self.head_width
+            heads = self.num_heads or slot.out_channels // (self.head_width or 0)
             return replace(slot, attn=True, heads=heads, self_attention=level not in self.cross_only_levels)
 
         def block(level: int, in_channels: int) -> SlotPlan:
@@ -276,7 +276,7 @@ TASK_INPUTS: dict[Task, str] = {
 }
 
 
-def from_dict(cls, values: dict):
+def from_dict(cls: Any, values: Any) -> Any:
     """Build the (nested) config dataclass cls from plain JSON values, refusing fields that it does not have."""
     if not isinstance(values, dict):
         raise ValueError(f"{cls.__name__} must be an object, got {values!r}")
@@ -287,8 +287,8 @@ def from_dict(cls, values: dict):
     return cls(**{name: _decode(hints[name], value, f"{cls.__name__}.{name}") for name, value in values.items()})
 
 
-def _decode(hint, value, where: str):
-    options = getattr(hint, "__args__", ())
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    options = get_args(hint)
     if is_dataclass(hint):
         return from_dict(hint, value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -297,13 +297,13 @@ def _decode(hint, value, where: str):
         if type(value) is not hint:
             raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
         return value
-    if getattr(hint, "__origin__", None) is tuple:
+    if get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} must be a list, got {value!r}")
         if options[-1] is not Ellipsis and len(value) != len(options):
             raise ValueError(f"{where} must have {len(options)} values, got {value!r}")
         return tuple(_decode(options[0], v, where) for v in value)
-    if getattr(hint, "__origin__", None) is Literal:
+    if get_origin(hint) is Literal:
         if value not in options:
             raise ValueError(f"{where} is {value!r}; allowed: {', '.join(map(repr, options))}")
         return value

@@ -98,7 +98,8 @@ class LatentDiffusion:
         """
         if network is None:  # the U-Net alone is sure to want its own keys and values, the same at every step
             network = self.unet
-            cond, uncond = (c and self.unet.with_keys_values(c) for c in (cond, uncond))
+            cond = self.unet.with_keys_values(cond)
+            uncond = uncond and self.unet.with_keys_values(uncond)
         guided_network = guided(
             network,
             cond,
@@ -130,7 +131,7 @@ class LatentDiffusion:
         """
         T = self.schedule.num_timesteps if T is None else T
         if spacing != "karras":
-            return timesteps(T, steps, spacing, offset=min(1, T - 1))
+            return [*timesteps(T, steps, spacing, offset=min(1, T - 1))]
         least, most = self.schedule.sigmas[[0, T - 1]].tolist()
         if math.isinf(most):
             raise ValueError("a karras ladder needs a finite σ, and zero terminal SNR has none: use spacing='trailing'")

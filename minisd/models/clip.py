@@ -122,7 +122,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
         x = x + self.attn(self.norm1(x), causal=causal)
-        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))  # type: ignore[operator]  # builtin or function
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +38,12 @@ def first_nonfinite_layer(network: nn.Module, run: Callable[[], object]) -> str 
     """The name of the first layer whose output is not finite while `run` calls the network; None if all are."""
     names: list[str] = []
 
-    def watch(name: str):
-        def hook(module, args, output) -> None:
-            if not names and isinstance(output, Tensor) and not output.isfinite().all():
-                names.append(name)
-
-        return hook
+    def watch(name: str, module: nn.Module, args: object, output: object) -> None:
+        if not names and isinstance(output, Tensor) and not output.isfinite().all():
+            names.append(name)
 
     layers = [(name, module) for name, module in network.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in layers]
+    handles = [module.register_forward_hook(partial(watch, name)) for name, module in layers]
     try:
         with torch.no_grad():
             run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.norm_groups, config.channels, config.norm_eps)
         self.conv_out = nn.Conv2d(config.channels, config.out_channels, 3, padding=1)
         zero_residual_branches(self)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Conditioning) -> Tensor:
         """x_t 'b c h w' of any side lengths; t an int, a float or a tensor 'b', in [0, T-1] → 'b out_channels h w'.
@@ -115,11 +116,7 @@ class Slot(nn.Module):
             self.resample = Downsample(channels) if plan.resample == "down" else Upsample(channels)
 
     def forward(
-        self,
-        x: Tensor,
-        emb: Tensor,
-        context: Tensor | list[KeysValues] | None,
-        size: tuple[int, int] | None = None,
+        self, x: Tensor, emb: Tensor, context: Tensor | list[KeysValues] | None, size: tuple[int, int] | None = None
     ) -> Tensor:
         """size: the side lengths that an upsampling reaches, twice x's when None."""
         if self.res is not None:
@@ -169,7 +166,7 @@ class Conditioning:
         return type(self)(*(_map(function, getattr(self, f.name)) for f in fields(self)))
 
 
-def _map(function, first, *rest):
+def _map(function: Callable[..., Tensor], first: Any, *rest: Any) -> Any:
     """Apply function to the tensors at corresponding places of equal nests of tuples, lists and None."""
     if first is None:
         return None
@@ -178,11 +175,11 @@ def _map(function, first, *rest):
     return type(first)(_map(function, *parts) for parts in zip(first, *rest, strict=True))
 
 
-def embed_time(network: nn.Module, t: Tensor | float, cond: Conditioning, x: Tensor) -> Tensor:
+def embed_time(network: Any, t: Tensor | float, cond: Conditioning, x: Tensor) -> Tensor:
     """The embedding 'b e' of t, and of cond.y where the network has a label_emb, in x's dtype."""
     t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
     emb = network.time_embed(timestep_embedding(t, network.config.channels).to(x.dtype))
-    if network.label_emb is None:
+    if cond.y is None:
         return emb
     y = cond.y if network.config.num_classes is not None else cond.y.to(x.dtype)
     return emb + network.label_emb(y)

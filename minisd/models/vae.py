@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from minisd.config import VAEConfig
 from minisd.nn.attention import sdpa_attention
-from minisd.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample
+from minisd.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, layers
 
 
 class VAE(nn.Module):
@@ -80,16 +81,12 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.channels * mult for mult in config.channel_mult]
-        norm = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
+        norm: dict[str, Any] = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
         self.conv_in = Conv3x3(config.image_channels, config.channels)
-        self.down = nn.ModuleList()
-        for level, (width, before) in enumerate(zip(widths, [config.channels, *widths], strict=False)):
-            down = nn.Module()
-            down.block = nn.ModuleList(
-                ResBlock(before if i == 0 else width, width, **norm) for i in range(config.num_res_blocks)
-            )
-            down.downsample = Downsample(width, symmetric=False) if level < len(widths) - 1 else None
-            self.down.append(down)
+        self.down = layers(
+            Level(before, width, config.num_res_blocks, norm, down=level < len(widths) - 1)
+            for level, (width, before) in enumerate(zip(widths, [config.channels, *widths], strict=False))
+        )
         self.mid = Middle(widths[-1], norm)
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], config.norm_eps)
         self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
@@ -110,17 +107,13 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.channels * mult for mult in config.channel_mult]
-        norm = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
+        norm: dict[str, Any] = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
         self.conv_in = Conv3x3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], norm)
-        self.up = nn.ModuleList()
-        for level, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
-            up = nn.Module()
-            up.block = nn.ModuleList(
-                ResBlock(before if i == 0 else width, width, **norm) for i in range(config.num_res_blocks + 1)
-            )
-            up.upsample = Upsample(width) if level > 0 else None
-            self.up.append(up)
+        self.up = layers(
+            Level(before, width, config.num_res_blocks + 1, norm, up=level > 0)
+            for level, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True))
+        )
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], config.norm_eps)
         self.conv_out = Conv3x3(widths[0], config.image_channels)
 
@@ -134,8 +127,18 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
+class Level(nn.Module):
+    def __init__(
+        self, before: int, width: int, blocks: int, norm: dict[str, Any], down: bool = False, up: bool = False
+    ):
+        super().__init__()
+        self.block = layers(ResBlock(before if i == 0 else width, width, **norm) for i in range(blocks))
+        self.downsample = Downsample(width, symmetric=False) if down else None
+        self.upsample = Upsample(width) if up else None
+
+
 class Middle(nn.Module):
-    def __init__(self, width: int, norm: dict):
+    def __init__(self, width: int, norm: dict[str, Any]):
         super().__init__()
         self.block_1 = ResBlock(width, width, **norm)
         self.attn_1 = PixelAttention(width, **norm)

@@ -51,12 +51,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        kv: tuple[Tensor, Tensor] | None = None,
-        causal: bool = False,
+        self, x: Tensor, context: Tensor | None = None, *, kv: tuple[Tensor, Tensor] | None = None, causal: bool = False
     ) -> Tensor:
         """x 'b n d', context 'b m c' or kv = keys_values(context) computed earlier → 'b n d'."""
         k, v = self.keys_values(x if context is None else context) if kv is None else kv

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class ResBlock(nn.Module):
@@ -37,7 +41,7 @@ class ResBlock(nn.Module):
         # in place, where nothing else reads what is overwritten: at large sizes a new tensor costs more than the sum
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.emb is not None:
-            h += self.emb(F.silu(emb))[:, :, None, None]
+            h += self.emb(F.silu(emb))[:, :, None, None]  # type: ignore[arg-type]  # with self.emb, emb is given
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(self.skip(x))
 
@@ -79,6 +83,11 @@ class Upsample(nn.Module):
         # interpolate's uint8-free path supports bfloat16 and channels-last; "nearest" repeats pixels exactly
         size = (2 * x.shape[-2], 2 * x.shape[-1]) if size is None else size
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def layers(modules: Iterable[Layer]) -> list[Layer]:
+    """An nn.ModuleList, which to a type checker is a list: of its own it does not say what it holds."""
+    return nn.ModuleList(modules)  # type: ignore[return-value]  # see above
 
 
 def timestep_embedding(t: Tensor, width: int, *, max_period: float = 10000.0) -> Tensor:

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.nn.attention import Attention
+from minisd.nn.blocks import layers
 
 
 class SpatialTransformer(nn.Module):
@@ -33,7 +34,7 @@ class SpatialTransformer(nn.Module):
         project = nn.Linear if linear_projection else PointwiseConv
         self.norm = nn.GroupNorm(norm_groups, width, norm_eps)
         self.proj_in = project(width, width)
-        self.blocks = nn.ModuleList(
+        self.blocks = layers(
             TransformerBlock(width, heads, context_dim, self_attention, layer_norm_eps) for _ in range(depth)
         )
         self.proj_out = project(width, width)

@@ -67,7 +67,6 @@ class Inpaint(Options):
         original, weight = to_uint8(pixels), inward_feather(hole, self.feather)
         timesteps = partial_timesteps(sd, self, self.strength, self.exact_steps)
         pixels, hole = (pad_to_multiple(x, sd.config.vae.factor) for x in (pixels, hole))
-        shape = sd.latent_shape(*pixels.shape[-2:])
         if sees_mask:  # grey under the mask, as in training
             masked = sd.encode(torch.where(hole, 0.0, pixels), vae_tiling=self.vae_tiling)
         if self.strength < 1 or not sees_mask:
@@ -77,16 +76,17 @@ class Inpaint(Options):
             return composite(original, to_uint8(images.cpu())[..., :height, :width], weight)
 
         for batch in batches(sd, prompt, self):
-            latents = batch.noise.sample(posterior) if self.strength < 1 or not sees_mask else None
-            noise = batch.noise.draw(shape)
+            if self.strength < 1 or not sees_mask:
+                latents = batch.noise.sample(posterior)
+            noise = batch.noise.draw(sd.latent_shape(*pixels.shape[-2:]))
             x_t = noise if self.strength == 1 else sd.schedule.q_sample(latents, timesteps[0], noise)
             if sees_mask:
                 batch = with_mask(batch, hole, masked, sd.dtype)
+                steps = denoise(sd, self, batch, x_t, timesteps, network)
             else:
                 keep = kept_latents(hole, sd.config.vae.factor).to(x_t.device)
                 x_t = torch.where(keep, sd.schedule.q_sample(latents, timesteps[0], noise), x_t)
-            steps = denoise(sd, self, batch, x_t, timesteps, network)
-            if not sees_mask:
+                steps = denoise(sd, self, batch, x_t, timesteps, network)
                 steps = blended(steps, latents, noise, keep, sd.schedule)
             yield Sampling(sd, self, batch, x_t, timesteps, steps, finish)
 
@@ -104,8 +104,8 @@ def with_mask(batch: Batch, hole: Tensor, masked: DiagonalGaussian, dtype: torch
     if not channel.any():
         raise ValueError("the white part of the mask is too thin for this model to see: make it 8 pixels wide or more")
     concat = torch.cat([channel.to(latents).expand(len(latents), -1, -1, -1), latents], dim=1).to(dtype)
-    cond, uncond = (c and replace(c, concat=concat) for c in (batch.cond, batch.uncond))
-    return replace(batch, cond=cond, uncond=uncond)
+    uncond = batch.uncond and replace(batch.uncond, concat=concat)
+    return replace(batch, cond=replace(batch.cond, concat=concat), uncond=uncond)
 
 
 def kept_latents(hole: Tensor, factor: int) -> Tensor:

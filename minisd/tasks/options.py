@@ -44,6 +44,7 @@ class Options:
     """
 
     name: ClassVar[str]
+    samplings: ClassVar[Callable[..., Iterator[Sampling]]]  # runs the task: one `Sampling` per batch
 
     negative_prompt: str | Sequence[str] = ""
     num_images: int = 1
@@ -83,10 +84,6 @@ class Options:
                 raise ValueError(f"the sampler {self.sampler!r} means spacing={spacing!r}, not {self.spacing!r}")
             object.__setattr__(self, "sampler", sampler)
             object.__setattr__(self, "spacing", spacing or self.spacing)
-
-    def samplings(self, sd: Any, prompt: Any, *, network: Any = None) -> Iterator[Sampling]:
-        """Run the task: one `Sampling` per batch."""
-        raise NotImplementedError
 
     @classmethod
     def of(cls: type[Chosen], values: dict[str, Any]) -> Chosen:
@@ -135,7 +132,7 @@ def function(task: type[Options]) -> Callable[..., Iterator[Sampling]]:
     ]
     run.__name__ = run.__qualname__ = task.name
     run.__doc__ = documentation(task)
-    run.__signature__ = inspect.Signature([*(p for p in own if p not in extra), *chosen, *extra])  # type: ignore[attr-defined]
+    vars(run)["__signature__"] = inspect.Signature([*(p for p in own if p not in extra), *chosen, *extra])
     return run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -55,20 +55,20 @@ class Sampling:
     def _check(self) -> Iterator[Step]:
         for step in self.steps:
             if not step.x.isfinite().all():
-                raise nonfinite_error("U-Net", self.sd.unet, lambda t=step.t: self._ask_again(t), f"at t = {step.t}")
+                raise nonfinite_error("U-Net", self.sd.unet, partial(self._ask_again, step.t), f"at t = {step.t}")
             self.latents = step.x
             yield step
 
-    def _ask_again(self, t: Time) -> None:
+    def _ask_again(self, t: Time | None) -> None:
         for cond in filter(None, (self.batch.cond, self.batch.uncond)):
             self.sd.unet(self.latents.to(self.sd.dtype), t, cond)
 
     def images(self) -> list[Image.Image]:
         """The images; takes the steps that are left."""
         if self._images is None:
-            self._images = to_pil(self.finish(self.pixels()))
-            for seed, image in zip(self.batch.seeds, self._images, strict=True):
-                if max(high for _, high in image.getextrema()) <= 1:
+            self._images = to_pil(pixels := self.finish(self.pixels()))
+            for seed, image in zip(self.batch.seeds, pixels, strict=True):
+                if image.max() <= 1:
                     warnings.warn(
                         f"the image of seed {seed} is all black: weights of another prediction type (see `minisd "
                         "inspect`) do that, and guidance far too strong",
@@ -167,7 +167,7 @@ def batches(sd: LatentDiffusion, prompt: str | Sequence[str], options: Options) 
 
 
 def _texts(text: str | Sequence[str]) -> list[str]:
-    texts = list(text) if isinstance(text, (list, tuple)) else [text]
+    texts: list = list(text) if isinstance(text, (list, tuple)) else [text]
     for one in texts:
         if not isinstance(one, str):
             raise ValueError(f"a prompt must be a str, not {type(one).__name__}: {one!r:.80}")

@@ -144,21 +144,20 @@ def _runs_a1111(tokenizer: Tokenizer, fragments: list[tuple[str, float]]) -> lis
     comma is one of the last COMMA_WINDOW ids (stable-diffusion-webui modules/sd_hijack_clip.py, tokenize_line)."""
     room, comma = tokenizer.length - 2, tokenizer.encode(",")
     runs: list[Run] = [[]]
-    comma_at = None  # in the last run
+    comma_end = 0  # in the last run; 0 is no comma
     for text, weight in fragments:
         for section, part in enumerate(re.split(r"\s*\bBREAK\b\s*", text)):
             if section:
                 runs.append([])
-                comma_at = None
+                comma_end = 0
             for ids in _units(tokenizer, part):
                 if ids == comma:
-                    comma_at = len(runs[-1])
+                    comma_end = len(runs[-1]) + 1
                 while runs[-1] and len(runs[-1]) + len(ids) > room:
                     run = runs.pop()
-                    wraps = comma_at is not None and len(run) == room and room - comma_at <= COMMA_WINDOW
-                    end = comma_at + 1 if wraps else len(run)
+                    end = comma_end if comma_end and len(run) == room < comma_end + COMMA_WINDOW else len(run)
                     runs += [run[:end], run[end:]]
-                    comma_at = None
+                    comma_end = 0
                 runs[-1] += [(i, weight) for i in ids]
     return runs if runs[-1] or len(runs) == 1 else runs[:-1]  # a BREAK at the very end opens no chunk
 
@@ -233,7 +232,7 @@ def _parse_a1111(prompt: str) -> list[tuple[str, float]]:
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
-    def close(bracket: str, factor: float):
+    def close(bracket: str, factor: float) -> None:
         start = opened[bracket].pop()
         pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from minisd.text.bpe import byte_pairs, vocabulary
 
 if TYPE_CHECKING:
+    import regex
     import torch
 
 BOS, EOS = 49406, 49407
@@ -212,7 +213,7 @@ def _repair(text: str) -> str:
 
 
 @lru_cache
-def _word_pattern(dialect: str):
+def _word_pattern(dialect: str) -> regex.Pattern[str]:
     import regex
 
     specials = "|".join(regex.escape(word) for word in SPECIALS[dialect])
@@ -221,7 +222,7 @@ def _word_pattern(dialect: str):
 
 
 @lru_cache
-def _placeholder_pattern(tokens: tuple[str, ...]):
+def _placeholder_pattern(tokens: tuple[str, ...]) -> regex.Pattern[str]:
     import regex
 
     def whole(token: str) -> str:

@@ -12,13 +12,7 @@ from minisd.diffusion.schedule import Schedule, weighted_sum
 
 
 def lms(
-    model: Model,
-    x: Tensor,
-    schedule: Schedule,
-    timesteps: Timesteps,
-    *,
-    order: int = 4,
-    noise: Noise | None = None,
+    model: Model, x: Tensor, schedule: Schedule, timesteps: Timesteps, *, order: int = 4, noise: Noise | None = None
 ) -> Iterator[Step]:
     """Walk x down the falling timesteps and on to σ = 0, one model call a step; draws no noise.
 
