@@ -19,8 +19,8 @@ COMMANDS = {
     "generate:inpaint": "Repaint the part of a picture where a mask is white.",
     "generate:outpaint": "Paint on beyond the edges of a picture.",
     "replay:replay": "Make a picture again from what it says of itself, and compare.",
-    "files:inspect": "Say what a checkpoint is, what is in it, and what it needs to run.",
-    "files:convert": "Rewrite a checkpoint in another layout or dtype.",
+    "files:inspect": "Say what a checkpoint, LoRA or embedding is, and how to run it.",
+    "files:convert": "Convert a checkpoint: .ckpt to .safetensors, to a diffusers folder and back, to fp16.",
 }
 PLOTS = {
     "study:plot_schedules": "β, ᾱ and log-SNR of noise schedules, in one figure.",

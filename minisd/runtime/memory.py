@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minisd.checkpoints.building import on_meta
-from minisd.models.unet import Conditioning
+from minisd.models.unet import Conditioning, UNet
+from minisd.models.vae import VAE
+from minisd.runtime.meta import on_meta
 from minisd.runtime.tuning import give_back_freed_memory, in_parts
 from minisd.tasks.latents import decoded
 
@@ -73,9 +74,9 @@ def needs(sampling: Sampling) -> Needs:
     """
     sd, batch, latents = sampling.sd, sampling.batch, sampling.latents
     context = torch.cat([cond.context for cond in (batch.cond, batch.uncond) if cond is not None]).to("meta")
-    unet = on_meta("unet", sd.unet.config).to(sd.dtype)
+    unet = on_meta(UNet, sd.unet.config).to(sd.dtype)
     in_parts(unet, sd.device)
-    vae = on_meta("vae", sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
+    vae = on_meta(VAE, sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
     n, channels = context.shape[0], sd.config.unet.in_channels
     x = torch.empty(n, channels, *latents.shape[-2:], dtype=sd.dtype, device="meta")
     step = live_bytes(lambda: unet(x, 0, Conditioning(context)), unet)

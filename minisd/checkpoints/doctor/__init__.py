@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from minisd.checkpoints.diffusers_layout import Tensors
 from minisd.checkpoints.doctor.anatomy import describe, point_out_contradictions
 from minisd.checkpoints.doctor.health import PROBE_THRESHOLD, examine, forward_probe
 from minisd.checkpoints.doctor.inspection import Inspection, bytes_text
-from minisd.checkpoints.doctor.kinds import Kind, image_kind, other_kind
+from minisd.checkpoints.doctor.kinds import image_kind, other_kind
 from minisd.checkpoints.files import CheckpointError, TensorFile, flatten, open_tensors
 from minisd.checkpoints.files.embedding_image import is_png, read_image
 from minisd.checkpoints.load import load_network
@@ -49,7 +50,7 @@ def _file(path: Path, file: TensorFile) -> Inspection:
     inspection = Inspection(str(path), "", _size(path), file.format, tensors=len(file))
     try:
         if other := other_kind(file):
-            _other(inspection, other, file)
+            inspection = replace(other, size=inspection.size, format=file.format, tensors=len(file))
         else:
             describe(inspection, open_checkpoint(path))
     except CheckpointError as error:
@@ -68,12 +69,6 @@ def _file(path: Path, file: TensorFile) -> Inspection:
     return inspection
 
 
-def _other(inspection: Inspection, other: Kind, file: TensorFile) -> None:
-    inspection.kind, inspection.family, inspection.facts = other.kind, other.base, other.facts
-    inspection.needs, inspection.problems = other.needs, other.problems
-    inspection.used, inspection.unknown = len(other.used), [name for name in file if name not in other.used]
-
-
 def _folder(path: Path) -> tuple[Inspection, list[TensorFile]]:
     opened = open_checkpoint(path)
     inspection = Inspection(str(path), "", sum(_size(Path(f.path)) for f in opened.files), "diffusers folder")
@@ -87,26 +82,23 @@ def _folder(path: Path) -> tuple[Inspection, list[TensorFile]]:
 def _unreadable(path: Path, error: CheckpointError) -> Inspection:
     inspection = Inspection(str(path), "cannot be read as a checkpoint", _size(path), problems=[_bare(error, path)])
     if is_png(path):
-        _image(inspection)
+        try:
+            return replace(_embedding_image(path), size=inspection.size)
+        except CheckpointError as damage:
+            inspection.problems += [] if "carries no embedding" in str(damage) else [_bare(damage, path)]
     if path.is_dir():
         inside = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
         inspection.needs += [f"one of the files in it: {_few(inside)}"] if inside else []
     return inspection
 
 
-def _image(inspection: Inspection) -> None:
-    """A PNG: perhaps one of A1111's that carry an embedding."""
-    try:
-        name, vectors = read_image(inspection.path)
-    except CheckpointError as error:
-        if "carries no embedding" not in str(error):
-            inspection.problems.append(_bare(error, Path(inspection.path)))
-        return
-    kind = image_kind(Path(inspection.path), name, tuple(vectors.shape))
-    inspection.kind, inspection.family, inspection.facts = kind.kind, kind.base, kind.facts
-    inspection.needs, inspection.problems = kind.needs, kind.problems
+def _embedding_image(path: Path) -> Inspection:
+    """One of A1111's images that carry an embedding; CheckpointError for any other."""
+    name, vectors = read_image(path)
+    inspection = image_kind(path, name, tuple(vectors.shape))
     if not vectors.isfinite().all():
         inspection.problems.append("its vectors hold values that are not finite (NaN, Inf)")
+    return inspection
 
 
 def _bare(error: Exception, path: Path) -> str:
