@@ -22,22 +22,19 @@ SCHEDULE_BUFFERS = (
 )
 
 # Tensors that official files hold and no network here runs: (pattern, what they are).
-KNOWN_NOT_RUN = tuple(
-    (re.compile(pattern), reason)
-    for pattern, reason in (
-        (rf"((low_scale_model|noise_augmentor)\.)?({'|'.join(SCHEDULE_BUFFERS)})$", "schedule buffers (recomputed)"),
-        (r"noise_augmentor\.data_(mean|std)$", "unCLIP embedding statistics"),
-        (r"(.*\.)?logvar$", "training log-variance"),
-        (r".*position_ids$", "position indices 0, 1, 2, …"),
-        (r".*logit_scale$", "CLIP temperature"),
-        (r".*attn_mask$", "causal mask (recomputed)"),
-        (r".*text_projection(\.weight)?$", "CLIP text projection"),
-        (r"model_ema\.", "EMA weights"),
-        (r"depth_model\.", "MiDaS depth model"),
-        (r"embedder\.", "CLIP image encoder's unused parts"),
-        (r"(first_stage_model\.)?loss\.", "VAE training loss"),
-        (r"safety_checker\.", "safety checker"),
-    )
+KNOWN_NOT_RUN = (
+    (rf"((low_scale_model|noise_augmentor)\.)?({'|'.join(SCHEDULE_BUFFERS)})$", "schedule buffers (recomputed)"),
+    (r"noise_augmentor\.data_(mean|std)$", "unCLIP embedding statistics"),
+    (r"(.*\.)?logvar$", "training log-variance"),
+    (r".*position_ids$", "position indices 0, 1, 2, …"),
+    (r".*logit_scale$", "CLIP temperature"),
+    (r".*attn_mask$", "causal mask (recomputed)"),
+    (r".*text_projection(\.weight)?$", "CLIP text projection"),
+    (r"model_ema\.", "EMA weights"),
+    (r"depth_model\.", "MiDaS depth model"),
+    (r"embedder\.", "CLIP image encoder's unused parts"),
+    (r"(first_stage_model\.)?loss\.", "VAE training loss"),
+    (r"safety_checker\.", "safety checker"),
 )
 
 
@@ -88,7 +85,7 @@ def contents(file) -> Contents:
 def account(names: Iterable[str], contents: Contents, folder: str = "") -> None:
     """Sort tensors that no network uses into the known and the unknown, listed with the folder they stand in."""
     for name in names:
-        reason = next((reason for pattern, reason in KNOWN_NOT_RUN if pattern.match(name)), None)
+        reason = next((reason for pattern, reason in KNOWN_NOT_RUN if re.match(pattern, name)), None)
         (contents.unknown if reason is None else contents.known.setdefault(reason, [])).append(folder + name)
 
 

@@ -11,6 +11,7 @@ from minisd.checkpoints import embedding_files
 from minisd.checkpoints.doctor.inspection import Inspection
 from minisd.checkpoints.families import BASES, SDXL, SDXL_WIDTHS, base_of
 from minisd.checkpoints.files import TensorFile
+from minisd.checkpoints.files.embedding_image import read_image
 from minisd.checkpoints.foreign import foreign_checkpoint, lora_base, lycoris_kinds
 from minisd.checkpoints.lora_files import Pair, layout_of, network_of, pairs_in, peft_alpha, peft_config, text_width
 
@@ -97,11 +98,14 @@ def _embedding(file: TensorFile) -> Inspection | None:
     return inspection
 
 
-def image_kind(path: Path, name: str, shape: tuple[int, ...]) -> Inspection:
-    """What an image of A1111's is that carries vectors of this shape."""
+def embedding_image(path: Path) -> Inspection:
+    """One of A1111's images that carry an embedding; CheckpointError for any other."""
+    name, vectors = read_image(path)
     inspection = Inspection(str(path), "an image that carries a textual-inversion embedding of A1111")
     inspection.facts["token"] = repr(name) if name else "none in it: by custom it is the file's name"
-    _describe_vectors(inspection, [shape], path.name)
+    _describe_vectors(inspection, [tuple(vectors.shape)], path.name)
+    if not vectors.isfinite().all():
+        inspection.problems.append("its vectors hold values that are not finite (NaN, Inf)")
     return inspection
 
 

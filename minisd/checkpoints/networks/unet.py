@@ -253,6 +253,8 @@ def in_folder(declared: UNetConfig, inferred: UNetConfig) -> UNetConfig:
 
 ORIGINAL_NAMES = r"time_embed|label_emb|input_blocks|middle_block|output_blocks|out\.|zero_convs|input_hint_block"
 HINT_MARKERS = {"ldm": "input_hint_block.0.weight", "diffusers": "controlnet_cond_embedding.conv_in.weight"}
+_NOT_IN_SHAPES = ("cross_only_levels", "num_heads", "head_width")
+_NOT_IN_SHAPES += ("norm_groups", "norm_eps", "attn_norm_eps", "layer_norm_eps")
 
 UNET = NetworkFormat(
     name="unet",
@@ -265,15 +267,7 @@ UNET = NetworkFormat(
         Naming("diffusers", ("",), "time_embedding.linear_1.weight", unless=HINT_MARKERS["diffusers"]),
     ),
     config_from_shapes=config_from_shapes,
-    not_in_shapes=(
-        "cross_only_levels",
-        "num_heads",
-        "head_width",
-        "norm_groups",
-        "norm_eps",
-        "attn_norm_eps",
-        "layer_norm_eps",
-    ),
+    not_in_shapes=_NOT_IN_SHAPES,
     prefixes={"ldm": "model.diffusion_model."},
     subfolder="unet",
     config_from_json=config_from_json,
