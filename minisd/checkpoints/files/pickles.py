@@ -6,7 +6,7 @@ object (Lightning callbacks, numpy scalars, a virus) becomes `Dropped`, swallows
 in the result. The standard library's `pickletools.genops` parses the opcodes; it builds nothing either.
 
 PyTorch's own `torch.load(weights_only=True)` with inert stand-ins for foreign classes was tried in its place (2.14): it
-hangs on "doubled tuples as a key" of the attack tests, and refuses the whole file, tensors and all, for most payloads.
+hangs on "doubled tuples as a key" of the attack tests, and refuses the tensors beside half of the payloads as well.
 """
 
 from __future__ import annotations
