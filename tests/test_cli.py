@@ -279,7 +279,7 @@ def test_adapters_take_other_names_and_weights_and_odd_file_names(minisd, adapte
         (["--lora", "adapters/style.safetensors:0.3", "--lora", "adapters/style.safetensors"], "is given 2 times"),
         (["--lora", "adapters/toy.pt"], "adapters/toy.pt: it holds no LoRA"),
         (["--embedding", "adapters/style.safetensors"], "it holds no textual-inversion embedding"),
-        (["--embedding", "cat.png"], "cat.png: a picture that carries no embedding"),
+        (["--embedding", "cat.png"], "cat.png: an image that carries no embedding"),
         (["--embedding", "cat=adapters/toy.pt"], "'cat' is a word of CLIP's vocabulary"),
         (["--embedding", "adapters/toy.pt", "--embedding", "adapters/toy.pt"], "'<toy>' is an added token already"),
     ],
