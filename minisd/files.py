@@ -59,7 +59,7 @@ def _beside(target: Path) -> Path:
 
 
 def _unchanged(error: OSError, path: str | os.PathLike) -> OSError:
-    return OSError(error.errno, f"{error.strerror} (nothing was changed)", os.fspath(path))
+    return OSError(error.errno, f"{error.strerror or error} (nothing was changed)", os.fspath(path))
 
 
 def sha256(path: Path) -> str:

@@ -435,3 +435,13 @@ def test_tensors_that_keep_their_dtype_are_mapped_and_not_read(tmp_path):
     code += f"sd = minisd.load({str(path)!r}); print(resident(peak=True) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert int(done.stdout) < 300e6
+
+
+def test_a_preset_is_all_that_a_new_family_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "NEW", replace(TINY["SD2_V"], name="a new family"))
+    tensors, _ = ldm_file("SD2_V")
+    save_safetensors(tmp_path / "x", contiguous(tensors))
+    loaded = load_checkpoint(tmp_path / "x")
+    assert loaded.config == PRESETS["NEW"]
+    save_checkpoint(loaded, tmp_path / "folder", layout="diffusers")
+    assert same_networks(load_checkpoint(tmp_path / "folder").networks, checkpoint("SD2_V").networks)

@@ -215,7 +215,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_rest(tmp_path, monkeypatch
     from matplotlib.figure import Figure
 
     def fails(self, file, **kwargs):
-        file.write_bytes(b"half a pic")
+        file.write(b"half a pic")
         raise OSError("no space left on device")
 
     out = tmp_path / "plot.png"

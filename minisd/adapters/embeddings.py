@@ -14,8 +14,9 @@ from torch import Tensor
 
 from minisd.checkpoints.embedding_files import SDXL, layout_of
 from minisd.checkpoints.families import other_family
-from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors, save_safetensors
+from minisd.checkpoints.files import TensorFile, open_tensors, save_safetensors
 from minisd.checkpoints.files.embedding_image import is_png, read_image
+from minisd.checkpoints.files.entries import refuse
 from minisd.files import write_whole
 from minisd.models.clip import CLIPText
 from minisd.text.tokenizer import Tokenizer
@@ -34,9 +35,9 @@ def load_embeddings(path: str | os.PathLike) -> dict[str, Tensor]:
         return {name or path.stem: _checked(path, "its image", vectors)}
     file = open_tensors(path)
     if (layout := layout_of(file)) is None:
-        _refuse(path, f"it holds no textual-inversion embedding: `minisd inspect {path}` says what it is")
+        refuse(path, f"it holds no textual-inversion embedding: `minisd inspect {path}` says what it is")
     if layout.name == SDXL:
-        _refuse(path, "it is for SDXL (clip_l, clip_g): minisd runs Stable Diffusion 1.x and 2.x only")
+        refuse(path, "it is for SDXL (clip_l, clip_g): minisd runs Stable Diffusion 1.x and 2.x only")
     for name in layout.vectors.values():
         _check_shape(path, name or "its tensor", file.shape(name))
     return {
@@ -54,17 +55,13 @@ def _checked(path: Path, name: str, vectors: Tensor) -> Tensor:
     """The vectors as 'n d', if they can be that."""
     _check_shape(path, name, tuple(vectors.shape))
     if not vectors.float().isfinite().all():
-        _refuse(path, f"{name} holds values that are not finite (NaN, Inf): its training went wrong")
+        refuse(path, f"{name} holds values that are not finite (NaN, Inf): its training went wrong")
     return torch.atleast_2d(vectors)
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
     if len(shape) not in (1, 2) or not 0 < prod(shape) <= MAX_ELEMENTS:
-        _refuse(path, f"{name} has the shape {shape}: an embedding has 'd' or 'n d', a few vectors of a text's width")
-
-
-def _refuse(path: str | os.PathLike, why: str):
-    raise CheckpointError(f"{path}: {why}")
+        refuse(path, f"{name} has the shape {shape}: an embedding has 'd' or 'n d', a few vectors of a text's width")
 
 
 # -------------------------------------------------------------------------------------------------------------- adding

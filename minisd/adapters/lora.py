@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minisd.checkpoints.families import other_family
-from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors, save_safetensors
+from minisd.checkpoints.files import TensorFile, open_tensors, save_safetensors
+from minisd.checkpoints.files.entries import refuse
 from minisd.checkpoints.foreign import lora_base, lycoris_kinds
 from minisd.checkpoints.lora_files import (
     Pair,
@@ -144,13 +145,13 @@ def load_lora(path: str | os.PathLike, networks: Networks) -> Lora:
         if (layer := names.get(flat_name(pair.module))) is None:
             continue
         if layer in lora:
-            _refuse(path, f"it changes the layer {layer} twice, the second time as {pair.module}")
+            refuse(path, f"it changes the layer {layer} twice, the second time as {pair.module}")
         _check_shapes(file, pair, layer, networks)
         lora[layer] = _read(file, pair, config)
         used |= {pair.down, pair.up, pair.mid, pair.alpha}
     unmatched = [name for name in file if name not in used]
     if not lora:
-        _refuse(path, f"none of its {len(file)} tensors belongs to a layer of this model, first: {unmatched[0]}")
+        refuse(path, f"none of its {len(file)} tensors belongs to a layer of this model, first: {unmatched[0]}")
     if unmatched:
         warnings.warn(
             f"{path}: {len(unmatched)} of its {len(file)} tensors belong to no layer of this model and are left out, "
@@ -164,14 +165,14 @@ def open_lora(path: str | os.PathLike) -> TensorFile:
     """The file, if it is a LoRA that some model of Stable Diffusion 1.x or 2.x may take; its values are not read."""
     file = open_tensors(path)
     if kinds := lycoris_kinds(file):
-        _refuse(path, f"it is a {'/'.join(kinds)} adapter: only plain LoRAs are read")
+        refuse(path, f"it is a {'/'.join(kinds)} adapter: only plain LoRAs are read")
     if not (pairs := pairs_in(file)):
-        _refuse(path, f"it holds no LoRA (no lora_down, lora_A …): `minisd inspect {path}` says what it is")
+        refuse(path, f"it holds no LoRA (no lora_down, lora_A …): `minisd inspect {path}` says what it is")
     if family := lora_base(file):
-        _refuse(path, f"it is for {family}: minisd runs Stable Diffusion 1.x and 2.x only")
+        refuse(path, f"it is for {family}: minisd runs Stable Diffusion 1.x and 2.x only")
     for pair in pairs:
         if pair.up not in file:
-            _refuse(path, f"the layer {pair.module} lacks its second matrix, {pair.up}: is the file whole?")
+            refuse(path, f"the layer {pair.module} lacks its second matrix, {pair.up}: is the file whole?")
     return file
 
 
@@ -182,15 +183,15 @@ def _check_shapes(file: TensorFile, pair: Pair, layer: str, networks: Networks) 
     if pair.mid in file:
         ranked &= len(file.shape(pair.mid)) == 4 and file.shape(pair.mid)[:2] == (down[0],) * 2 and set(down[2:]) <= {1}
     if not ranked:
-        _refuse(file.path, f"the matrices of {pair.module} do not belong together: {down} and {up} have no common rank")
+        refuse(file.path, f"the matrices of {pair.module} do not belong together: {down} and {up} have no common rank")
     changed = (up[0], down[1], *kernel)
     # a 1×1 convolution and a linear layer are the same matrix: SD2's projections are written as either
     if changed[:2] == weight[:2] and (set(changed[2:]) | set(weight[2:]) <= {1} or changed == weight):
         return
     own = networks["unet"].config.context_dim
     if (width := text_width(file, pairs_in(file))) not in (None, own):
-        _refuse(file.path, other_family(width, own))
-    _refuse(file.path, f"it changes {pair.module} as a weight of {changed}, this model's is {weight}: another model's?")
+        refuse(file.path, other_family(width, own))
+    refuse(file.path, f"it changes {pair.module} as a weight of {changed}, this model's is {weight}: another model's?")
 
 
 def _read(file: TensorFile, pair: Pair, config: Mapping) -> LowRank:
@@ -202,7 +203,7 @@ def _read(file: TensorFile, pair: Pair, config: Mapping) -> LowRank:
     if pair.alpha in file:
         stored = _finite(file, pair.alpha)
         if stored.numel() != 1:
-            _refuse(file.path, f"{pair.alpha} holds {stored.numel()} numbers, not one")
+            refuse(file.path, f"{pair.alpha} holds {stored.numel()} numbers, not one")
         alpha = float(stored)
     elif (alpha := peft_alpha(config, pair.module, rank)) is None:
         alpha = float(rank)
@@ -211,15 +212,11 @@ def _read(file: TensorFile, pair: Pair, config: Mapping) -> LowRank:
 
 def _finite(file: TensorFile, name: str) -> Tensor:
     if not file.dtype(name).is_floating_point and not name.endswith(".alpha"):
-        _refuse(file.path, f"{name} holds {file.dtype(name)}: quantised LoRAs are not read")
+        refuse(file.path, f"{name} holds {file.dtype(name)}: quantised LoRAs are not read")
     tensor = file.read(name)
     if not tensor.to(wide(tensor.dtype)).isfinite().all():
-        _refuse(file.path, f"{name} holds values that are not finite (NaN, Inf): its training went wrong")
+        refuse(file.path, f"{name} holds values that are not finite (NaN, Inf): its training went wrong")
     return tensor
-
-
-def _refuse(path: str | os.PathLike, why: str):
-    raise CheckpointError(f"{path}: {why}")
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

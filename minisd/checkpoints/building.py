@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minisd.checkpoints.detect import Part
-from minisd.checkpoints.files.entries import CheckpointError
-from minisd.checkpoints.keymaps import KeyMap, from_official, keymap
+from minisd.checkpoints.files.entries import CheckpointError, refuse
+from minisd.checkpoints.keymaps import from_official, keymap
 from minisd.checkpoints.networks import NETWORKS
-from minisd.checkpoints.networks.format import Renamed
+from minisd.checkpoints.networks.format import KeyMap, Renamed
+from minisd.runtime import meta
 
 Cast = Callable[[torch.dtype], torch.dtype]
 READERS = 4  # threads at most that read and convert tensors
@@ -68,27 +68,11 @@ def assign(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def on_meta(name: str, config, where: str | os.PathLike = "") -> nn.Module:
-    """The network without memory for its weights, nor time spent on drawing them."""
+    """The network without memory for its weights; CheckpointError where no network has such a config."""
     try:
-        with _Undrawn():
-            return NETWORKS[name].module(config)
+        return meta.on_meta(NETWORKS[name].module, config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that torch refuses
         raise CheckpointError(f"{where}: no {name} can be built from {config}: {str(error)[:200]}") from error
-
-
-class _Undrawn(TorchFunctionMode):
-    """Makes tensors on the meta device, and leaves out torch.nn.init, in this thread.
-
-    On meta its draws compute nothing, yet import torch's compiler (2 s). One mode for both: every call passes through.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.empty:
-            return func(*args, **{**kwargs, "device": "meta"})
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def _read_checked(
@@ -123,10 +107,6 @@ def _read_checked(
             return from_official(dict(zip(keys, pool.map(read, keys), strict=True)).__getitem__, names)
     finally:
         torch.set_num_threads(threads)
-
-
-def refuse(where: str | os.PathLike, why: str):
-    raise CheckpointError(f"{where}: {why}")
 
 
 def refuse_doubt(where: str | os.PathLike, doubt: str):

@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minisd.checkpoints.foreign import foreign_kind
+from minisd.checkpoints.embedding_files import certain_layout_of
+from minisd.checkpoints.foreign import foreign_checkpoint, lycoris_kinds
+from minisd.checkpoints.lora_files import pairs_in
 from minisd.checkpoints.networks import NETWORKS
 from minisd.checkpoints.networks.format import Renamed
 
@@ -20,22 +22,19 @@ SCHEDULE_BUFFERS = (
 )
 
 # Tensors that official files hold and no network here runs: (pattern, what they are).
-KNOWN_NOT_RUN = tuple(
-    (re.compile(pattern), reason)
-    for pattern, reason in (
-        (rf"((low_scale_model|noise_augmentor)\.)?({'|'.join(SCHEDULE_BUFFERS)})$", "schedule buffers (recomputed)"),
-        (r"noise_augmentor\.data_(mean|std)$", "unCLIP embedding statistics"),
-        (r"(.*\.)?logvar$", "training log-variance"),
-        (r".*position_ids$", "position indices 0, 1, 2, …"),
-        (r".*logit_scale$", "CLIP temperature"),
-        (r".*attn_mask$", "causal mask (recomputed)"),
-        (r".*text_projection(\.weight)?$", "CLIP text projection"),
-        (r"model_ema\.", "EMA weights"),
-        (r"depth_model\.", "MiDaS depth model"),
-        (r"embedder\.", "CLIP image encoder's unused parts"),
-        (r"(first_stage_model\.)?loss\.", "VAE training loss"),
-        (r"safety_checker\.", "safety checker"),
-    )
+KNOWN_NOT_RUN = (
+    (rf"((low_scale_model|noise_augmentor)\.)?({'|'.join(SCHEDULE_BUFFERS)})$", "schedule buffers (recomputed)"),
+    (r"noise_augmentor\.data_(mean|std)$", "unCLIP embedding statistics"),
+    (r"(.*\.)?logvar$", "training log-variance"),
+    (r".*position_ids$", "position indices 0, 1, 2, …"),
+    (r".*logit_scale$", "CLIP temperature"),
+    (r".*attn_mask$", "causal mask (recomputed)"),
+    (r".*text_projection(\.weight)?$", "CLIP text projection"),
+    (r"model_ema\.", "EMA weights"),
+    (r"depth_model\.", "MiDaS depth model"),
+    (r"embedder\.", "CLIP image encoder's unused parts"),
+    (r"(first_stage_model\.)?loss\.", "VAE training loss"),
+    (r"safety_checker\.", "safety checker"),
 )
 
 
@@ -68,7 +67,7 @@ def contents(file) -> Contents:
     file: a mapping name → tensor with shape(name), dtype(name) and read(name, dtype), as `open_tensors` gives.
     """
     names = list(file)
-    if kind := foreign_kind(names):
+    if kind := foreign_checkpoint(names) or ("a LoRA" if pairs_in(names) or lycoris_kinds(names) else ""):
         return Contents(kind, {}, {}, names)
     parts = {}
     for network, declared in NETWORKS.items():
@@ -78,7 +77,7 @@ def contents(file) -> Contents:
             config, doubt = declared.config_from_shapes(view, dialect)
             parts[network] = Part(config, dialect, view, doubt)
     used = {original for part in parts.values() for original in part.tensors.names.values()}
-    result = Contents(_kind(set(parts), file, names), parts, {}, [])
+    result = Contents(_kind(set(parts), file), parts, {}, [])
     account([name for name in names if name not in used], result)
     return result
 
@@ -86,11 +85,11 @@ def contents(file) -> Contents:
 def account(names: Iterable[str], contents: Contents, folder: str = "") -> None:
     """Sort tensors that no network uses into the known and the unknown, listed with the folder they stand in."""
     for name in names:
-        reason = next((reason for pattern, reason in KNOWN_NOT_RUN if pattern.match(name)), None)
+        reason = next((reason for pattern, reason in KNOWN_NOT_RUN if re.match(pattern, name)), None)
         (contents.unknown if reason is None else contents.known.setdefault(reason, [])).append(folder + name)
 
 
-def _kind(parts: set[str], file, names: list[str]) -> str:
+def _kind(parts: set[str], file) -> str:
     if {"unet", "vae"} <= parts or {"unet", "text"} <= parts:
         return "a Stable Diffusion checkpoint" + (" with a ControlNet" if "control" in parts else "")
     if {"text", "vision"} <= parts:
@@ -98,7 +97,4 @@ def _kind(parts: set[str], file, names: list[str]) -> str:
     for network in ("control", *NETWORKS):
         if network in parts:
             return NETWORKS[network].kind
-    widths = {tuple(file.shape(name))[-1:] for name in names if len(file.shape(name)) <= 2}
-    if names and len(names) <= 4 and widths and widths <= {(768,), (1024,), (1280,)}:
-        return "a textual-inversion embedding"
-    return "no kind of checkpoint that minisd knows"
+    return "a textual-inversion embedding" if certain_layout_of(file) else "no kind of checkpoint that minisd knows"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from minisd.checkpoints.detect import Contents, contents
 from minisd.checkpoints.diffusers_json import read_json, read_schedule, read_tokenizer
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.checkpoints.networks import NETWORKS
+from minisd.checkpoints.networks.format import Renamed
 from minisd.config import Prediction, ScheduleConfig
 
 EXTRA = "minisd_extra.safetensors"
@@ -35,29 +33,15 @@ class Folder:
     notes: list[str] = field(default_factory=list)
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of one component, in one file or in several shards."""
+class Tensors(Renamed):
+    """The tensors of one component, in one file or in several shards: name → its file."""
 
     def __init__(self, files: Mapping[str, TensorFile]):
+        super().__init__(None, {name: name for name in files})
         self.files = files
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.files[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.files[name].shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.files[name].dtype(name)
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.files[name].read(name, dtype)
+    def file_of(self, name: str) -> TensorFile:
+        return self.files[name]
 
 
 def open_folder(path: Path) -> Folder:

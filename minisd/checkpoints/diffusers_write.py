@@ -57,7 +57,7 @@ def folder_files(config: ModelConfig, added_tokens: Mapping[str, Sequence[int]] 
             values["_diffusers_version"] = VERSION
     text = config.text
     tokenizer = Tokenizer(length=text.length, pad_id=text.pad_id, dialect=text.dialect, added_tokens=added_tokens)
-    return {path: json.dumps(values, indent=2) + "\n" for path, values in files.items()} | {
+    return {path: json.dumps(values, indent=2, sort_keys=True) + "\n" for path, values in files.items()} | {
         f"tokenizer/{name}": text for name, text in tokenizer_files(tokenizer).items()
     }
 

@@ -9,8 +9,11 @@ a bare tensor     'd' or 'n d'
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from math import prod
 
+from minisd.checkpoints.families import BASES, SDXL_WIDTHS
 from minisd.checkpoints.files import TensorFile
 
 A1111, DIFFUSERS, KOHYA, SDXL, BARE = LAYOUTS = (
@@ -45,3 +48,15 @@ def layout_of(file: TensorFile) -> Layout | None:
     if not small or any(name.endswith((".weight", ".bias")) for name in names):
         return None
     return Layout(BARE if names == [""] else DIFFUSERS, {name: name for name in names})
+
+
+def certain_layout_of(file: TensorFile) -> Layout | None:
+    """The same; None too where tensors that say nothing of themselves have no official width, nor a <token> as name."""
+    layout = layout_of(file)
+    if layout is None or layout.name not in (DIFFUSERS, BARE):
+        return layout
+    shapes = {name: file.shape(name) for name in layout.vectors.values()}
+    official = {shape[-1] for shape in shapes.values()} <= {*BASES, *SDXL_WIDTHS}
+    named = all(re.fullmatch(r"<.+>", name) for name in shapes)
+    small = all(prod(shape) <= 1024 * 1280 for shape in shapes.values())
+    return layout if (official or named) and small else None

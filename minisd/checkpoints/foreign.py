@@ -26,10 +26,6 @@ CHECKPOINTS = (
     (r"(special_care|concept)_embeds(_weights)?$", "a safety checker"),
     (r"(blocks\.0\.)?(adaLN_modulation|adaln_single)\.", "a diffusion transformer (DiT, PixArt)"),
 )
-ADAPTERS = (
-    (r"lora_(unet|te\d?)_|(unet|text_encoder)\..*lora_[AB]\.|.*\.lora_(down|up)\.|.*_lora\.(down|up)\.", "a LoRA"),
-    (r"(string_to_param|emb_params|clip_[lg])(\.|$)", "a textual-inversion embedding"),
-)
 # kinds of adapter that are more than two matrices to a layer: (pattern anywhere in a name, kind)
 LYCORIS = (
     (r"\.hada_w", "LoHa"),
@@ -50,11 +46,6 @@ LORA_BASES = (
 def foreign_checkpoint(names: Iterable[str]) -> str:
     """What another kind of model's file is; "" for none that is known."""
     return next(_matches(CHECKPOINTS, names, at_beginning=True), "")
-
-
-def foreign_kind(names: Iterable[str]) -> str:
-    """The same, adapters included."""
-    return next(_matches(CHECKPOINTS + ADAPTERS, names, at_beginning=True), "")
 
 
 def lycoris_kinds(names: Iterable[str]) -> list[str]:

@@ -12,21 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from minisd.checkpoints.networks import NETWORKS
-from minisd.checkpoints.networks.format import KeyMap, Source
-
-__all__ = ["KeyMap", "Source", "from_official", "keymap", "to_official"]
+from minisd.checkpoints.networks.format import KeyMap, source_of
 
 
 def keymap(network: nn.Module, dialect: str) -> KeyMap:
     """Our tensor names of a network → where they stand in a file of that dialect (names without a file's prefix)."""
     declared = next(declared for declared in NETWORKS.values() if isinstance(network, declared.module))
     names = dict(declared.names(declared.config_of(network), dialect))
-    result = {}
-    for name in network.state_dict():
-        module, _, leaf = name.rpartition(".")
-        official = names.get(name) or names[module]
-        result[name] = official if isinstance(official, Source) else Source(f"{official}.{leaf}")
-    return result
+    return {name: source_of(names, name) for name in network.state_dict()}
 
 
 def from_official(tensors: Callable[[str], Tensor], names: KeyMap) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from minisd.checkpoints.building import Cast, build, keep_dtype, on_meta, refuse, refuse_doubt
+from minisd.checkpoints.building import Cast, build, keep_dtype, on_meta, refuse_doubt
 from minisd.checkpoints.detect import Contents, Part
 from minisd.checkpoints.families import model_config
+from minisd.checkpoints.files.entries import refuse
 from minisd.checkpoints.keymaps import keymap
 from minisd.checkpoints.networks import NETWORKS, WHOLE
 from minisd.checkpoints.networks.format import Renamed
@@ -24,7 +25,7 @@ class Checkpoint:
     """A loaded model: the networks by name ("unet", "vae", "text", "vision"), and all that a file held besides.
 
     extras: tensors that no network here runs, under the original's names, kept so that saving loses nothing.
-    report: lines that say what was found, chosen and left out.
+    report: lines that say what the file is, what was chosen and what left out.
     """
 
     config: ModelConfig

@@ -92,7 +92,7 @@ def _adopt(opened: Opened, name: str, declared) -> None:
     part = opened.contents.parts[name]
     if declared is None or not NETWORKS[name].agrees(declared, part.config):
         raise CheckpointError(
-            f"{opened.path}: its config and the shapes of its {name} disagree: {declared} / seen: {part.config}"
+            f"{opened.path}: its config and the shapes of its {name} disagree: {declared} / inferred: {part.config}"
         )
     part.config, part.doubt = declared, ""
 

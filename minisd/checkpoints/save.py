@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER
 from minisd.checkpoints.diffusers_write import folder_files, is_unclip
 from minisd.checkpoints.files import folded, save_safetensors
-from minisd.checkpoints.keymaps import KeyMap, keymap, to_official
+from minisd.checkpoints.keymaps import keymap, to_official
 from minisd.checkpoints.load import Checkpoint
 from minisd.checkpoints.networks import NETWORKS
+from minisd.checkpoints.networks.format import KeyMap
 from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, STEP_KEY, TOKENS_KEY
 from minisd.config import PRESETS, ModelConfig
 from minisd.files import write_whole_folder

@@ -17,8 +17,8 @@ from minisd.tasks import TASKS
 COMMANDS = {
     **{f"generate:{name}": (task.__doc__ or "").partition("\n")[0] for name, task in TASKS.items()},
     "replay:replay": "Make an image again from what its PNG says of itself, and compare.",
-    "files:inspect": "Say what a checkpoint is, what is in it, and what it needs to run.",
-    "files:convert": "Rewrite a checkpoint in another layout or dtype.",
+    "files:inspect": "Say what a checkpoint, LoRA or embedding is, and how to run it.",
+    "files:convert": "Convert a checkpoint: .ckpt to .safetensors, to a diffusers folder and back, to fp16.",
 }
 PLOTS = {
     "study:plot_schedules": "Noise schedules side by side: β, ᾱ and log-SNR over t.",

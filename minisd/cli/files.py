@@ -7,24 +7,26 @@ from typing import Literal
 
 from minisd.cli.output import check_target
 
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def inspect(file: Path, *, verify: bool = False, probe: bool = False, json: bool = False, verbose: bool = False) -> int:
-    """Say what a checkpoint is, what is in it, and what it needs to run.
+    """Say what a checkpoint, LoRA or embedding is: base model, networks, dtype, prediction type, and how to run it.
 
     Args:
-        file: a checkpoint, LoRA, embedding … in any format, or a diffusers folder.
-        verify: read every tensor: checksums, NaN and infinity.
-        probe: run the U-Net once to tell eps from v.
-        json: print JSON instead of text.
-        verbose: list every tensor that is not run.
+        file: a .safetensors, .ckpt, .pt or .bin file (never run as code), an embedding's .png, or a diffusers folder.
+        verify: read every tensor too: checksums, NaN and Inf, weights that are all zero.
+        probe: run the U-Net once too, to measure whether it predicts eps or v (calibrated on SD 2.x).
+        json: print JSON for scripts instead of text.
+        verbose: name every tensor that no network uses, not only the first few.
     """
     from json import dumps
 
     from minisd.checkpoints.doctor import inspect_checkpoint
 
-    found = inspect_checkpoint(file, probe=probe, verify=verify)
-    print(dumps(found.as_dict(), indent=2) if json else "\n".join(found.lines(verbose=verbose)))
-    return 0 if found.ok else 1
+    inspection = inspect_checkpoint(file, probe=probe, verify=verify)
+    print(dumps(inspection.as_dict(), indent=2) if json else "\n".join(inspection.lines(verbose=verbose)))
+    return 0 if inspection.ok else 1
 
 
 def convert(
@@ -32,23 +34,23 @@ def convert(
     target: Path,
     *,
     layout: Literal["ldm", "diffusers"] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None = None,
     weights: Literal["raw", "ema"] = "raw",
     prediction: Literal["eps", "v", "x_0"] | None = None,
     vae: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Rewrite a checkpoint in another layout, as safetensors; nothing is lost on the way.
+    """Convert a checkpoint: .ckpt to .safetensors, single file to diffusers folder and back, or to another precision.
 
     Args:
-        source: a single file or a diffusers folder.
-        target: a .safetensors file (layout ldm) or a new folder (layout diffusers).
-        layout: told from the target's name when left out.
-        dtype: of the networks' weights; the file's own when left out.
-        weights: "ema" keeps the separate EMA copy of a full training file instead of the raw weights.
-        prediction: what the U-Net's output means, where the file does not tell.
-        vae: a file or folder whose VAE is taken instead.
-        overwrite: replace an existing file. Folders are not replaced.
+        source: the checkpoint: a .safetensors, .ckpt, .pt or .bin file, or a diffusers folder.
+        target: a .safetensors file, or a new folder, which is written in diffusers' layout.
+        layout: ldm (one file, for A1111 and ComfyUI) or diffusers (a folder for from_pretrained); told by TARGET.
+        dtype: precision of the saved weights; that of the source when left out.
+        weights: ema takes a full training checkpoint's EMA copy, usually the better one to sample from.
+        prediction: prediction type, where the source declares none: eps (epsilon), v (v_prediction), x_0 (sample).
+        vae: a file or folder whose VAE replaces the checkpoint's, baked in.
+        overwrite: replace an existing file; a folder never is.
     """
     if layout is None:
         layout = "diffusers" if not target.suffix or target.is_dir() else "ldm"
@@ -61,9 +63,9 @@ def convert(
     from minisd.checkpoints.load import load_checkpoint
     from minisd.checkpoints.save import save_checkpoint
 
-    wanted = dtype and getattr(torch, dtype)
+    chosen = dtype and getattr(torch, SHORT_DTYPES.get(dtype, dtype))
     checkpoint = load_checkpoint(
-        source, weights=weights, prediction=prediction, vae=vae, cast=lambda stored: wanted or stored
+        source, weights=weights, prediction=prediction, vae=vae, cast=lambda stored: chosen or stored
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     print("\n".join([*checkpoint.report, *save_checkpoint(checkpoint, target, layout=layout)]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from minisd.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,13 +72,7 @@ def save(figure: Figure, out: PathLike) -> Path:
         raise ValueError(f"cannot write a plot to {str(out)!r}: end the name in {', '.join(FORMATS)}")
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {str(out.parent)!r} to write {out.name!r} to: make it first")
-    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi="figure")
-        os.replace(temporary, out)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    write_whole(out, lambda file: figure.savefig(file, format=out.suffix[1:].lower(), dpi="figure"))
     return out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import psutil
 import torch
@@ -20,12 +19,9 @@ from minisd.models.unet import Conditioning, UNet
 from minisd.models.vae import VAE
 from minisd.pipeline import LatentDiffusion
 from minisd.runtime.allocator import give_back_freed_memory
+from minisd.runtime.meta import on_meta
 from minisd.runtime.optimize import optimize
 from minisd.tasks.sampling import Sampling
-
-Config = TypeVar("Config")
-Network = TypeVar("Network", bound=nn.Module)
-
 
 PER_PIXEL = 3072  # bytes that the official VAE takes to decode a pixel, untiled and in float32
 
@@ -71,12 +67,6 @@ def all_weights(sd: LatentDiffusion) -> int:
     return sum(weights_of(network) for network in networks if network is not None)
 
 
-def meta(network: Callable[[Config], Network], config: Config) -> Network:
-    """A network without data."""
-    with torch.device("meta"):
-        return network(config)
-
-
 def weights_of(network: nn.Module) -> int:
     """Bytes."""
     return sum(weight.nbytes for weight in network.parameters())
@@ -89,10 +79,10 @@ def needs(sampling: Sampling, *, offload: bool = False) -> Needs:
     """
     sd, batch, latents = sampling.sd, sampling.batch, sampling.latents
     context = torch.cat([cond.context for cond in (batch.cond, batch.uncond) if cond is not None]).to("meta")
-    unet = meta(UNet, sd.unet.config).to(sd.dtype)
+    unet = on_meta(UNet, sd.unet.config).to(sd.dtype)
     if sd.device.type == "cpu":
         optimize(unet)
-    vae = meta(VAE, sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
+    vae = on_meta(VAE, sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
     n, channels = context.shape[0], sd.config.unet.in_channels
     x = torch.empty(n, channels, *latents.shape[-2:], dtype=sd.dtype, device="meta")
     step = live_bytes(lambda: unet(x, 0, Conditioning(context)), unet)

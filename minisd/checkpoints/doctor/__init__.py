@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import torch
 from minisd.checkpoints.diffusers_layout import Tensors
 from minisd.checkpoints.doctor.anatomy import describe, point_out_contradictions
 from minisd.checkpoints.doctor.health import PROBE_THRESHOLD, examine, forward_probe
-from minisd.checkpoints.doctor.inspection import Inspection, bytes_text
-from minisd.checkpoints.doctor.kinds import Kind, image_kind, other_kind
+from minisd.checkpoints.doctor.inspection import Inspection, bytes_text, few
+from minisd.checkpoints.doctor.kinds import embedding_image, other_kind
 from minisd.checkpoints.files import CheckpointError, TensorFile, flatten, open_tensors
-from minisd.checkpoints.files.embedding_image import is_png, read_image
+from minisd.checkpoints.files.embedding_image import is_png
 from minisd.checkpoints.load import load_network
 from minisd.checkpoints.networks import NETWORKS
 from minisd.checkpoints.opening import Opened, open_checkpoint
@@ -39,7 +39,7 @@ def inspect_checkpoint(path: str | os.PathLike, *, probe: bool = False, verify: 
     except CheckpointError as error:
         return _unreadable(path, error)
     if verify:
-        _verify(inspection, files)
+        examine(inspection, files)
     if probe:
         _probe(inspection, path)
     return inspection
@@ -49,7 +49,7 @@ def _file(path: Path, file: TensorFile) -> Inspection:
     inspection = Inspection(str(path), "", _size(path), file.format, tensors=len(file))
     try:
         if other := other_kind(file):
-            _other(inspection, other, file)
+            inspection = replace(other, size=inspection.size, format=file.format, tensors=len(file))
         else:
             describe(inspection, open_checkpoint(path))
     except CheckpointError as error:
@@ -68,12 +68,6 @@ def _file(path: Path, file: TensorFile) -> Inspection:
     return inspection
 
 
-def _other(inspection: Inspection, other: Kind, file: TensorFile) -> None:
-    inspection.kind, inspection.family, inspection.facts = other.kind, other.base, other.facts
-    inspection.needs, inspection.problems = other.needs, other.problems
-    inspection.used, inspection.unknown = len(other.used), [name for name in file if name not in other.used]
-
-
 def _folder(path: Path) -> tuple[Inspection, list[TensorFile]]:
     opened = open_checkpoint(path)
     inspection = Inspection(str(path), "", sum(_size(Path(f.path)) for f in opened.files), "diffusers folder")
@@ -87,26 +81,14 @@ def _folder(path: Path) -> tuple[Inspection, list[TensorFile]]:
 def _unreadable(path: Path, error: CheckpointError) -> Inspection:
     inspection = Inspection(str(path), "cannot be read as a checkpoint", _size(path), problems=[_bare(error, path)])
     if is_png(path):
-        _image(inspection)
+        try:
+            return replace(embedding_image(path), size=inspection.size)
+        except CheckpointError as damage:
+            inspection.problems += [] if "carries no embedding" in str(damage) else [_bare(damage, path)]
     if path.is_dir():
         inside = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
-        inspection.needs += [f"one of the files in it: {_few(inside)}"] if inside else []
+        inspection.needs += [f"one of the files in it: {few(inside)}"] if inside else []
     return inspection
-
-
-def _image(inspection: Inspection) -> None:
-    """A PNG: perhaps one of A1111's that carry an embedding."""
-    try:
-        name, vectors = read_image(inspection.path)
-    except CheckpointError as error:
-        if "carries no embedding" not in str(error):
-            inspection.problems.append(_bare(error, Path(inspection.path)))
-        return
-    kind = image_kind(Path(inspection.path), name, tuple(vectors.shape))
-    inspection.kind, inspection.family, inspection.facts = kind.kind, kind.base, kind.facts
-    inspection.needs, inspection.problems = kind.needs, kind.problems
-    if not vectors.isfinite().all():
-        inspection.problems.append("its vectors hold values that are not finite (NaN, Inf)")
 
 
 def _bare(error: Exception, path: Path) -> str:
@@ -116,11 +98,6 @@ def _bare(error: Exception, path: Path) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:5]) + (f", … and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # --------------------------------------------------------------------------------------- what else lies in and about it
@@ -157,7 +134,7 @@ def _folder_files(inspection: Inspection, opened: Opened) -> None:
         inspection.facts[title] = ", ".join(names) if len(names) < 3 else f"{names[0]} … ({len(names)} shards)"
         beside = {f for file in files for f in file.parent.iterdir() if f.suffix in (".safetensors", ".bin", ".ckpt")}
         if unused := sorted(str(file.relative_to(opened.path)) for file in beside - read):
-            inspection.notes.append(f"not read, another file of the {title} comes first: {_few(unused)}")
+            inspection.notes.append(f"not read, another file of the {title} comes first: {few(unused)}")
     optional = {
         "scheduler": "the noise schedule is then SD's own, and eps or v told otherwise",
         "tokenizer": "CLIP's own comes with minisd",
@@ -167,28 +144,7 @@ def _folder_files(inspection: Inspection, opened: Opened) -> None:
         inspection.notes += [f"{name}/ is missing, which is no harm: {optional[name]}" for name in missing]
 
 
-# ---------------------------------------------------------------------------------------------------- verify=, probe=
-
-
-def _verify(inspection: Inspection, files: Iterable[TensorFile]) -> None:
-    health = examine(files)
-    inspection.problems += health.damage
-    if health.checksums:
-        inspection.facts["checksums"] = "match" + (
-            f" in {health.checksums} of {health.files} files" if health.files > 1 else ""
-        )
-    elif not health.damage:
-        inspection.facts["checksums"] = "none in it (torch's zip files have them, and what minisd saves)"
-    for what, tensors in (("NaN", health.nan), ("Inf", health.inf)):
-        if tensors:
-            named = _few(f"{name} ({count:,})" for name, count in tensors.items())
-            inspection.problems.append(f"{len(tensors)} tensors hold {what}: {named}")
-    if not health.nan and not health.inf:
-        inspection.facts["values"] = f"all {health.tensors:,} tensors were read: no NaN, no Inf"
-    if health.zero:
-        inspection.notes.append(
-            f"{len(health.zero)} weights hold nothing but 0, an untrained layer? {_few(health.zero)}"
-        )
+# ---------------------------------------------------------------------------------------------------- probe=
 
 
 def _probe(inspection: Inspection, path: Path) -> None:

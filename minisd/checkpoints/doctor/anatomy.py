@@ -14,13 +14,13 @@ from minisd.checkpoints.detect import Part
 from minisd.checkpoints.diffusers_layout import EXTRA
 from minisd.checkpoints.doctor.inspection import Inspection, Network, bytes_text
 from minisd.checkpoints.evidence import evidence_of
-from minisd.checkpoints.families import presets_of
+from minisd.checkpoints.families import BASES, model_config, presets_of, task_of
 from minisd.checkpoints.files import CheckpointError
 from minisd.checkpoints.load import foreign_tensors
 from minisd.checkpoints.networks import NETWORKS
 from minisd.checkpoints.networks.format import Renamed
-from minisd.checkpoints.opening import Opened
-from minisd.config import PRESETS, CLIPTextConfig, ModelConfig, UNetConfig
+from minisd.checkpoints.opening import Opened, opened_configs
+from minisd.config import PRESETS, CLIPTextConfig, ModelConfig
 
 EMA = "model_ema.diffusion_model"
 CONTRADICTION = "the evidence for eps or v contradicts itself"
@@ -43,7 +43,7 @@ def describe(inspection: Inspection, opened: Opened) -> None:
     if "unet" in parts:
         _prediction(inspection, opened)
         _ema(inspection, opened)
-        inspection.facts["input"] = _inputs(parts["unet"].config)
+        inspection.facts["input"] = _inputs(_config(opened))
     if opened.global_step is not None:
         inspection.facts["global step"] = f"{opened.global_step:,}"
     if "text" in parts:
@@ -127,7 +127,7 @@ def point_out_contradictions(inspection: Inspection) -> None:
     others = sorted({prediction for prediction, _ in inspection.evidence} - {inspection.prediction})
     if inspection.prediction is not None and others:
         inspection.notes.append(
-            f"{CONTRADICTION}: loading takes {inspection.prediction}. Where pictures come out as noise or grey, give "
+            f"{CONTRADICTION}: loading takes {inspection.prediction}. Where images come out as noise or grey, give "
             f'prediction="{others[0]}"'
         )
 
@@ -149,16 +149,24 @@ def _ema(inspection: Inspection, opened: Opened) -> None:
         )
 
 
-def _inputs(unet: UNetConfig) -> str:
-    kinds = {
-        5: "latents and a depth map",
-        7: "latents and the low-resolution picture",
-        8: "latents and those of the picture to edit",
-        9: "latents, the mask and the masked picture's latents",
-    }
+def _config(opened: Opened) -> ModelConfig:
+    """The declared config, or the preset of the U-Net's shapes."""
+    return opened.config or model_config(opened_configs(opened.contents), opened.prediction[0])
+
+
+def _inputs(config: ModelConfig) -> str:
+    unet, kinds = (
+        config.unet,
+        {
+            "depth": "latents and a depth map",
+            "upscaling": "latents and the low-resolution image",
+            "pix2pix": "latents and those of the image to edit",
+            "inpainting": "latents, the mask and the masked image's latents",
+        },
+    )
     others = "latents" if unet.in_channels == unet.out_channels else "latents and others"
     y = "; y is a noise level" if unet.num_classes else "; y is an image embedding" if unet.vector_dim else ""
-    return f"{unet.in_channels} channels: {kinds.get(unet.in_channels, others)}{y}"
+    return f"{unet.in_channels} channels: {kinds.get(task_of(config), others)}{y}"
 
 
 def _tokens(inspection: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
@@ -184,7 +192,7 @@ def _family(inspection: Inspection, opened: Opened) -> None:
             inspection.family = opened.config.name
         inspection.family = inspection.family or "custom: no official U-Net has these shapes"
     elif "text" in parts:
-        inspection.family = {768: PRESETS["SD1"].name, 1024: "Stable Diffusion 2.x"}.get(parts["text"].config.width, "")
+        inspection.family = BASES.get(parts["text"].config.width, "")
     elif "vae" in parts and parts["vae"].config.factor == 4:
         inspection.family = PRESETS["SD_X4_UPSCALER"].name
     elif "vae" in parts:
@@ -208,7 +216,7 @@ def _needs(inspection: Inspection, opened: Opened) -> None:
             )
         if inspection.prediction is None:
             inspection.needs.append('prediction="eps" or prediction="v", as its author says; both can be tried')
-        _how_to_run(inspection, parts["unet"].config, opened)
+        _how_to_run(inspection, opened)
     elif "vae" in parts:
         inspection.needs.append(f"a checkpoint whose VAE it replaces: minisd.load(CHECKPOINT, vae={name!r})")
     elif parts and "control" not in parts:
@@ -218,10 +226,12 @@ def _needs(inspection: Inspection, opened: Opened) -> None:
         inspection.needs.append(f"{base}minisd.load_controlnet({name!r})")
 
 
-def _how_to_run(inspection: Inspection, unet: UNetConfig, opened: Opened) -> None:
+def _how_to_run(inspection: Inspection, opened: Opened) -> None:
     if {"vae", "text"} <= set(opened.contents.parts) and inspection.ok:
-        command = {4: "txt2img", 9: "inpaint"}.get(unet.in_channels)
-        if command and unet.vector_dim is None:
+        config = _config(opened)
+        latents_only = config.unet.in_channels == config.unet.out_channels and not config.unet.vector_dim
+        command = "inpaint" if task_of(config) == "inpainting" else "txt2img" if latents_only else ""
+        if command:
             start = "" if inspection.needs else "nothing else: "
             inspection.needs.append(f'{start}minisd {command} "a red apple" --checkpoint {opened.path}')
         else:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minisd.checkpoints.doctor.inspection import Inspection, few
 from minisd.checkpoints.files import CheckpointError, TensorFile
 from minisd.models.unet import Conditioning, UNet
 
@@ -17,45 +16,43 @@ CHUNK = 1 << 22  # elements looked at at once
 PROBE_THRESHOLD = -1.0
 
 
-@dataclass
-class Health:
-    """What reading every tensor showed. nan, inf: how many values, by tensor; zero: weights that hold nothing but 0.
-
-    checksums: files whose checksums match, of `files`; damage: the errors of those that do not.
-    """
-
-    files: int = 0
-    tensors: int = 0
-    checksums: int = 0
-    damage: list[str] = field(default_factory=list)
-    nan: dict[str, int] = field(default_factory=dict)
-    inf: dict[str, int] = field(default_factory=dict)
-    zero: list[str] = field(default_factory=list)
-
-
-def examine(files: Iterable[TensorFile]) -> Health:
-    """Read all of it. A bar appears on a terminal after two seconds."""
-    health, files = Health(), list(files)
+def examine(inspection: Inspection, files: list[TensorFile]) -> None:
+    """Read all of it for checksums and odd values. A bar appears on a terminal after two seconds."""
     total = sum(file.entry(name).nbytes for file in files for name in file)
-    bar = tqdm(total=total, desc="verify", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
-    with bar:
+    checksums, damaged, tensors, zero, odd = 0, False, 0, [], {"NaN": {}, "Inf": {}}
+    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
         for file in files:
-            health.files += 1
             try:
-                health.checksums += file.verify()
+                checksums += file.verify()
             except CheckpointError as error:
-                health.damage.append(str(error))
+                damaged = True
+                inspection.problems.append(str(error))
             for name in file:
-                _look(health, name, file[name])
+                nan, inf, is_zero = _odd_values(file[name])
+                odd["NaN"] |= {name: nan} if nan else {}
+                odd["Inf"] |= {name: inf} if inf else {}
+                zero += [name] if is_zero and name.endswith("weight") else []
+                tensors += 1
                 bar.update(file.entry(name).nbytes)
-    return health
+    if checksums:
+        inspection.facts["checksums"] = "match" + (f" in {checksums} of {len(files)} files" if len(files) > 1 else "")
+    elif not damaged:
+        inspection.facts["checksums"] = "none in it (torch's zip files have them, and what minisd saves)"
+    for what, counts in odd.items():
+        if counts:
+            names = few(f"{name} ({count:,})" for name, count in counts.items())
+            inspection.problems.append(f"{len(counts)} tensors hold {what}: {names}")
+    if not any(odd.values()):
+        inspection.facts["values"] = f"all {tensors:,} tensors were read: no NaN, no Inf"
+    if zero:
+        inspection.notes.append(f"{len(zero)} weights hold nothing but 0, an untrained layer? {few(zero)}")
 
 
-def _look(health: Health, name: str, tensor: Tensor) -> None:
-    health.tensors += 1
+def _odd_values(tensor: Tensor) -> tuple[int, int, bool]:
+    """How many are NaN, how many infinite, and whether all of them, one at least, are 0."""
     if not tensor.is_floating_point() and not tensor.is_complex():
-        return
-    nan, inf, zero = 0, 0, True
+        return 0, 0, False
+    nan, inf, zero = 0, 0, tensor.numel() > 0
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     for chunk in flat.reshape(-1).split(CHUNK):
         if not chunk.numel():
@@ -67,12 +64,7 @@ def _look(health: Health, name: str, tensor: Tensor) -> None:
         if not math.isfinite(least) or not math.isfinite(greatest):
             nan += int(chunk.isnan().sum())
             inf += int(chunk.isinf().sum())
-    if nan:
-        health.nan[name] = nan
-    if inf:
-        health.inf[name] = inf
-    if tensor.numel() and zero and name.endswith("weight"):
-        health.zero.append(name)
+    return nan, inf, zero
 
 
 @torch.inference_mode()

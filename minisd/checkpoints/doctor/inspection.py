@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 WIDTH = 100
@@ -128,6 +128,11 @@ class Inspection:
             yield f"  {tensors:7,}  in {prefix or 'a bare tensor'} ({elements:,} elements)"
         if len(self.groups) > 12 and not verbose:
             yield f"{'':11}… and {len(self.groups) - 12:,} more groups"
+
+
+def few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f", … and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def bytes_text(count: int) -> str:

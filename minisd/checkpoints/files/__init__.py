@@ -77,8 +77,8 @@ class TensorFile(Mapping[str, Tensor]):
         for name, entry in flatten(state if isinstance(state, dict) else content.tree, ""):
             if self._stored.setdefault(name, entry) is not entry:
                 raise Malformed(f"two tensors have the name {name!r}")
-        seen = (name for name in self._stored if not self._is_rows(name))
-        self.entries = {name: self._unfolded(name, self._stored[name]) for name in seen}
+        tables = {name: entry for name, entry in self._stored.items() if not self._is_rows(name)}
+        self.entries = {name: self._unfolded(name, entry) for name, entry in tables.items()}
         if self.dropped and not self.entries:
             objects = ", ".join(self.dropped[:3])
             raise Malformed(f"it holds pickled objects ({objects}) and no tensors: save a state_dict() instead")
@@ -148,10 +148,10 @@ class TensorFile(Mapping[str, Tensor]):
     def verify(self) -> bool:
         """Read the whole file against its checksums; CheckpointError where they differ, False if it has none."""
         for record, (offset, nbytes, crc) in self._checksums.items():
-            found = 0
+            actual = 0
             for chunk in self._file.chunks(offset, nbytes):
-                found = zlib.crc32(chunk, found)
-            if found != crc:
+                actual = zlib.crc32(chunk, actual)
+            if actual != crc:
                 raise CheckpointError(f"{self.path}: {record} does not match its checksum: damaged, fetch it again")
         if self._checksums:
             return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import prod
+from typing import NoReturn
 
 import torch
 
@@ -38,7 +40,11 @@ TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for _, dtype, _ in _KNO
 
 
 class CheckpointError(ValueError):
-    """A file cannot be read as a checkpoint. The message names the file, what was found in it and what to do."""
+    """A file cannot be read as a checkpoint. The message names the file, what is in it and what to do."""
+
+
+def refuse(path: str | os.PathLike, why: str) -> NoReturn:
+    raise CheckpointError(f"{path}: {why}")
 
 
 class Malformed(ValueError):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import BinaryIO
 
 import safetensors
@@ -34,45 +35,40 @@ Line = tuple[str, str, list[int]]  # name, dtype, shape
 
 
 def read_safetensors(file: MappedFile, path: str) -> Content:
-    """Header of a safetensors file: length (8 bytes, little-endian), JSON, then the tensors without gaps."""
+    """Header of a safetensors file, read and checked by the library of that name; the tensors follow without gaps."""
     length = int.from_bytes(file.bytes(0, 8), "little")
     if length > MAX_HEADER or 8 + length > file.size:
         raise Malformed(f"its header of {length:,} bytes does not fit into the file's {file.size:,}: it is cut short")
     try:
-        header = json.loads(file.bytes(8, length), object_pairs_hook=_without_duplicates)
-        size = 8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise Malformed(f"its safetensors header is damaged ({str(error)[:200]}): fetch it again") from error
-    if size > file.size:
-        raise Malformed(f"it is cut short ({file.size:,} of {size:,} bytes), an interrupted download: fetch it again")
-    try:
         with safetensors.safe_open(path, "np") as handle:  # checks types, sizes, overlaps and gaps
-            names, metadata = set(handle.keys()), handle.metadata() or {}
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_slice(name) for name in handle.offset_keys()}
+            shapes = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in tensors.items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise Malformed(f"safetensors refuses it ({error}): fetch it again") from error
-    header.pop("__metadata__", None)
-    if names != set(header):
-        raise Malformed("its header is read differently by safetensors: fetch it again")
+        raise Malformed(f"{_why_refused(file, length, error)}: fetch it again") from error
 
-    tree = {}
-    for name, tensor in header.items():
-        if tensor["dtype"] not in SAFETENSORS_DTYPES:
+    tree, offset = {}, 8 + length
+    for name, (kind, shape) in shapes.items():
+        if (dtype := SAFETENSORS_DTYPES.get(kind)) is None:
             known = ", ".join(SAFETENSORS_DTYPES)
-            raise Malformed(f"{name} is of dtype {tensor['dtype']}, which this torch does not have (known: {known})")
-        (begin, end), shape = tensor["data_offsets"], tuple(tensor["shape"])
+            raise Malformed(f"{name} is of dtype {kind}, which this torch does not have (known: {known})")
         stride = contiguous_stride(shape)
         span(shape, stride)  # refuses shapes that torch cannot count
-        dtype = SAFETENSORS_DTYPES[tensor["dtype"]]
-        tree[name] = Entry(dtype, shape, stride, 8 + length + begin, end - begin)
+        tree[name] = Entry(dtype, shape, stride, offset, prod(shape) * dtype.itemsize)
+        offset += tree[name].nbytes
     _check_header(tree, metadata)
     return Content("safetensors", tree, metadata=metadata)
 
 
-def _without_duplicates(pairs: list[tuple]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
+def _why_refused(file: MappedFile, length: int, error: Exception) -> str:
+    try:
+        tensors = [tensor for name, tensor in json.loads(file.bytes(8, length)).items() if name != "__metadata__"]
+        size = 8 + length + max(tensor["data_offsets"][1] for tensor in tensors)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return f"its safetensors header is damaged ({str(error)[:200]})"
+    if isinstance(size, int) and size > file.size:
+        return f"it is cut short ({file.size:,} of {size:,} bytes), an interrupted download"
+    return f"safetensors refuses it ({str(error)[:200]})"
 
 
 def _check_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
@@ -117,8 +113,8 @@ def save_safetensors(
             raise ValueError(f"{path}: cannot save {name!r}: names are str (not __metadata__), values tensors")
         if tensor.dtype not in SAFETENSORS_NAMES or tensor.layout != torch.strided or tensor.is_meta:
             known = ", ".join(str(dtype) for dtype in SAFETENSORS_NAMES)
-            given = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise ValueError(f"{path}: {name} is {given}; safetensors holds dense tensors with values: {known}")
+            actual = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"{path}: {name} is {actual}; safetensors holds dense tensors with values: {known}")
     lines = _lines((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
     write_whole(path, lambda out: _write(out, lines, tensors, metadata), make_folder=False)

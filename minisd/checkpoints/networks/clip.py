@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minisd.checkpoints.files.entries import CheckpointError
-from minisd.checkpoints.networks.format import Naming, NetworkFormat, Shapes, Source, count, number
+from minisd.checkpoints.networks.format import Naming, NetworkFormat, Shapes, Source, count, number, source_of
 from minisd.config import PRESETS, CLIPTextConfig, CLIPVisionConfig, ModelConfig
 from minisd.models.clip import CLIPText, CLIPVision
 
@@ -67,57 +67,58 @@ def _openclip_blocks(layers: int) -> Names:
 
 
 def text_from_shapes(tensors: Shapes, dialect: str) -> tuple[CLIPTextConfig, str]:
-    if dialect == "hf":
-        block = "text_model.encoder.layers"
-        tokens, positions = (f"text_model.embeddings.{x}_embedding.weight" for x in ("token", "position"))
-        mlp, projection = "mlp.fc1.weight", "text_projection.weight"
-    else:
-        block, tokens, positions = "transformer.resblocks", "token_embedding.weight", "positional_embedding"
-        mlp, projection = "mlp.c_fc.weight", "text_projection"
-    vocab_size, width = tensors.shape(tokens)
+    names = dict(text_names(CLIPTextConfig(layers=1), dialect))
+    vocab_size, width = _shape(tensors, names, "token_embedding.weight")
     # ViT-L/14 is OpenAI's, with quick-GELU; ViT-H/14 is OpenCLIP's, with GELU, and SD2 leaves out its last block
-    base = PRESETS["SD2_BASE" if dialect == "openclip" or width == 1024 else "SD1"].text
-    layers = count(tensors, rf"{re.escape(block)}\.(\d+)\.")
+    presets = [preset.text for preset in PRESETS.values() if dialect == "hf" or preset.text.activation == "gelu"]
+    official = [text for text in presets if text.width == width]
+    base = (official or presets)[0]
+    tower = _tower(tensors, names, width)
     config = replace(
         base,
+        **tower,
         vocab_size=vocab_size,
-        length=tensors.shape(positions)[0],
-        width=width,
-        layers=layers,
-        heads=max(width // 64, 1),
-        mlp_width=tensors.shape(f"{block}.0.{mlp}")[0],
-        skip=base.skip if layers == base.layers else 0,
-        projection_dim=_projection_dim(tensors, projection, dialect),
+        length=_shape(tensors, names, "position_embedding.weight")[0],
+        heads=base.heads if official else max(width // 64, 1),
+        skip=base.skip if tower["layers"] == base.layers else 0,
     )
     doubt = "no text encoder of Stable Diffusion has this width, and shapes do not tell its heads and activation"
-    return config, "" if width == base.width else doubt
+    return config, "" if official else doubt
 
 
 def vision_from_shapes(tensors: Shapes, dialect: str) -> tuple[CLIPVisionConfig, str]:
-    hf = dialect == "hf"
-    patch = tensors.shape("vision_model.embeddings.patch_embedding.weight" if hf else "conv1.weight")
-    positions = tensors.shape("vision_model.embeddings.position_embedding.weight" if hf else "positional_embedding")[0]
-    block = "vision_model.encoder.layers" if hf else "transformer.resblocks"
-    width, patch_size = patch[0], patch[-1]
-    base = PRESETS["SD2_UNCLIP_H" if width == 1280 else "SD2_UNCLIP_L"].vision
+    names = dict(vision_names(CLIPVisionConfig(layers=1), dialect))
+    width, _, patch_size, _ = _shape(tensors, names, "patch_embedding.weight")
+    presets = [preset.vision for preset in PRESETS.values() if preset.vision]
+    official = [vision for vision in presets if vision.width == width]
+    base = (official or [CLIPVisionConfig()])[0]
     config = replace(
         base,
-        image_size=round((positions - 1) ** 0.5) * patch_size,
+        **_tower(tensors, names, width),
+        image_size=round((_shape(tensors, names, "position_embedding.weight")[0] - 1) ** 0.5) * patch_size,
         patch_size=patch_size,
-        width=width,
-        layers=count(tensors, rf"{re.escape(block)}\.(\d+)\."),
-        heads=base.heads if width == base.width else max(width // 64, 1),
-        mlp_width=tensors.shape(f"{block}.0.mlp.{'fc1' if hf else 'c_fc'}.weight")[0],
-        projection_dim=_projection_dim(tensors, "visual_projection.weight" if hf else "proj", dialect),
+        heads=base.heads if official else max(width // 64, 1),
     )
     doubt = "no image encoder of Stable Diffusion has this width, and shapes do not tell its heads and activation"
-    return config, "" if width == base.width else doubt
+    return config, "" if official else doubt
 
 
-def _projection_dim(tensors: Shapes, name: str, dialect: str) -> int | None:
-    if name not in tensors:
-        return None
-    return tensors.shape(name)[0 if dialect == "hf" else 1]
+def _tower(tensors: Shapes, names: Mapping[str, str | Source], width: int) -> dict[str, int | None]:
+    """The fields that both towers' configs have, from the names of a tower of one block."""
+    blocks, projection_dim = names["blocks.0.fc1"].partition(".0.")[0], None
+    if source_of(names, "projection.weight").key in tensors:
+        projection_dim, _ = _shape(tensors, names, "projection.weight")
+    return {
+        "width": width,
+        "layers": count(tensors, rf"{re.escape(blocks)}\.(\d+)\."),
+        "mlp_width": _shape(tensors, names, "blocks.0.fc1.weight")[0],
+        "projection_dim": projection_dim,
+    }
+
+
+def _shape(tensors: Shapes, names: Mapping[str, str | Source], ours: str) -> tuple[int, ...]:
+    source = source_of(names, ours)
+    return source.our_shape(tensors.shape(source.key))
 
 
 def text_from_json(text: CLIPTextConfig, config: dict, path: Path) -> CLIPTextConfig:
@@ -226,7 +227,7 @@ TEXT = NetworkFormat(
         ),
     ),
     config_from_shapes=text_from_shapes,
-    inferred_not=("heads", "activation", "skip", "bos_id", "eos_id", "pad_id", "dialect", "unknown_id", "norm_eps"),
+    not_in_shapes=("heads", "activation", "skip", "bos_id", "eos_id", "pad_id", "dialect", "unknown_id", "norm_eps"),
     prefixes={"hf": "cond_stage_model.transformer.", "openclip": "cond_stage_model.model."},
     single_file_dialect=lambda config: "openclip" if config.activation == "gelu" else "hf",
     subfolder="text_encoder",
@@ -256,7 +257,7 @@ VISION = NetworkFormat(
         ),
     ),
     config_from_shapes=vision_from_shapes,
-    inferred_not=("heads", "activation", "norm_eps"),
+    not_in_shapes=("heads", "activation", "norm_eps"),
     prefixes={"openclip": "embedder.model.visual."},
     single_file_dialect=lambda config: "openclip",
     subfolder="image_encoder",

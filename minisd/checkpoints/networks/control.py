@@ -40,6 +40,7 @@ def config_from_shapes(tensors: Shapes, dialect: str) -> tuple[ControlNetConfig,
 
 
 def config_from_json(control: ControlNetConfig, config: dict, path: Path) -> ControlNetConfig:
+    """The U-Net's part of it, with the values refused for which our ControlNet would compute something else."""
     check_fixed(config, {"controlnet_conditioning_channel_order": ("rgb",), "global_pool_conditions": (False,)}, path)
     return replace(control, unet=unet.config_from_json(control.unet, config, path))
 

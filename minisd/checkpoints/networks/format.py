@@ -26,7 +26,7 @@ class NetworkFormat:
     names: (config, dialect) → pairs of our module (or tensor) and what the dialect calls it.
     namings: the ways in which files name it, the first that fits is taken.
     config_from_shapes: (tensors under a dialect's names, dialect) → (config, doubt); the doubt is a sentence about what
-    had to be guessed, empty where the shapes are an official network's. inferred_not: fields that no shape shows.
+    had to be guessed, empty where the shapes are an official network's. not_in_shapes: fields that no shape shows.
     prefixes: of the original's single files, by dialect; single_file_dialect: which of them a config is saved in.
     subfolder, weights, folder_dialect: its place in a diffusers folder, "" for none.
     config_from_json: (inferred config, config.json, its path) → config. config_to_json: the inverse, of a ModelConfig.
@@ -49,7 +49,7 @@ class NetworkFormat:
     subfolder: str = ""
     weights: str = "diffusion_pytorch_model"
     folder_dialect: str = "diffusers"
-    inferred_not: tuple[str, ...] = ()
+    not_in_shapes: tuple[str, ...] = ()
     single_file_dialect: Callable[[Config], str] = lambda config: "ldm"
     in_folder: Callable[[Config, Config], Config] = lambda declared, inferred: declared
     not_in_folder: Callable[[Config], tuple[str, ...]] = lambda config: ()
@@ -57,7 +57,7 @@ class NetworkFormat:
 
     def agrees(self, declared: Config, inferred: Config) -> bool:
         """Whether a declared config has the shapes from which the other was inferred."""
-        return replace(inferred, **{name: getattr(declared, name) for name in self.inferred_not}) == declared
+        return replace(inferred, **{name: getattr(declared, name) for name in self.not_in_shapes}) == declared
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,11 @@ class Renamed(Mapping[str, Tensor]):
     def __init__(self, file, names: Mapping[str, str]):
         self.file, self.names = file, dict(names)
 
+    def file_of(self, name: str):
+        return self.file
+
     def __getitem__(self, name: str) -> Tensor:
-        return self.file[self.names[name]]
+        return self.file_of(name)[self.names[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -100,13 +103,13 @@ class Renamed(Mapping[str, Tensor]):
         return len(self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.file.shape(self.names[name]))
+        return tuple(self.file_of(name).shape(self.names[name]))
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.file.dtype(self.names[name])
+        return self.file_of(name).dtype(self.names[name])
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.file.read(self.names[name], dtype)
+        return self.file_of(name).read(self.names[name], dtype)
 
 
 NEVER_RUN = re.compile(r".*(position_ids|logit_scale|attn_mask)$")  # though among a network's own tensors
@@ -137,6 +140,13 @@ class Naming:
 
 
 # --------------------------------------------------------------------------------- what the declarations use
+
+
+def source_of(names: Mapping[str, str | Source], tensor: str) -> Source:
+    """Where one of our tensors stands, by `NetworkFormat.names`: by its own name there, or by its module's."""
+    module, _, leaf = tensor.rpartition(".")
+    official = names.get(tensor) or names[module]
+    return official if isinstance(official, Source) else Source(f"{official}.{leaf}")
 
 
 class Shapes(Collection[str], Protocol):

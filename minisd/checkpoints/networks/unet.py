@@ -13,36 +13,27 @@ from minisd.checkpoints.networks.format import Naming, NetworkFormat, Shapes, ch
 from minisd.config import PRESETS, ModelConfig, UNetConfig
 from minisd.models.unet import UNet
 
-_RES = {
+_EMBEDDINGS = (("time_embed", "time_embedding"), ("label_emb", "class_embedding"))
+_RES = ("norm1", "conv1", "emb", "norm2", "conv2", "skip")
+_NAMES = {  # ours → theirs: first the modules outside the slots, then the parts of a residual block
     "ldm": {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "emb": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "skip": "skip_connection",
+        **{name: name for name in ("time_embed.0", "time_embed.2", "label_emb")},
+        **{"label_emb.0": "label_emb.0.0", "label_emb.2": "label_emb.0.2"},
+        **{"conv_in": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2"},
+        **{"norm1": "in_layers.0", "conv1": "in_layers.2", "emb": "emb_layers.1"},
+        **{"norm2": "out_layers.0", "conv2": "out_layers.3", "skip": "skip_connection"},
     },
     "diffusers": {
-        "norm1": "norm1",
-        "conv1": "conv1",
-        "emb": "time_emb_proj",
-        "norm2": "norm2",
-        "conv2": "conv2",
-        "skip": "conv_shortcut",
+        **{f"{ours}.{i}": f"{theirs}.linear_{n}" for ours, theirs in _EMBEDDINGS for i, n in ((0, 1), (2, 2))},
+        **{"label_emb": "class_embedding", "conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"},
+        **{"norm1": "norm1", "conv1": "conv1", "emb": "time_emb_proj"},
+        **{"norm2": "norm2", "conv2": "conv2", "skip": "conv_shortcut"},
     },
 }
-_TRANSFORMER_BLOCK = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "norm3": "norm3",
-    "ff.proj_in": "ff.net.0.proj",
-    "ff.proj_out": "ff.net.2",
-    **{
-        f"{attn}.{ours}": f"{attn}.{theirs}"
-        for attn in ("attn1", "attn2")
-        for ours, theirs in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0"))
-    },
-}
+_ATTENTION = {f"{attn}.to_{x}": f"{attn}.to_{x}" for attn in ("attn1", "attn2") for x in ("q", "k", "v")}
+_ATTENTION_OUT = {"attn1.to_out": "attn1.to_out.0", "attn2.to_out": "attn2.to_out.0"}
+_FEED_FORWARD = {"ff.proj_in": "ff.net.0.proj", "ff.proj_out": "ff.net.2"}
+_TRANSFORMER_BLOCK = {n: n for n in ("norm1", "norm2", "norm3")} | _ATTENTION | _ATTENTION_OUT | _FEED_FORWARD
 
 
 def _slot_parts(config: UNetConfig, dialect: str) -> Iterator[tuple[str, str, str]]:
@@ -61,12 +52,9 @@ def _slot_parts(config: UNetConfig, dialect: str) -> Iterator[tuple[str, str, st
                 yield f"up.{i}", part, f"output_blocks.{i}.{n}" + (".conv" if part == "resample" else "")
         return
     names = {"res": "resnets", "attn": "attentions"}
-    for side, slots, per_level in (
-        ("down", plan.down, config.num_res_blocks + 1),
-        ("up", plan.up, config.num_res_blocks + 1),
-    ):
+    for side, slots in (("down", plan.down), ("up", plan.up)):
         for i, slot in enumerate(slots):
-            level, n = divmod(i, per_level)
+            level, n = divmod(i, config.num_res_blocks + 1)
             for part in parts(slot):
                 name = f"{side}samplers.0.conv" if part == "resample" else f"{names[part]}.{n}"
                 yield f"{side}.{i}", part, f"{side}_blocks.{level}.{name}"
@@ -77,25 +65,10 @@ def _slot_parts(config: UNetConfig, dialect: str) -> Iterator[tuple[str, str, st
 
 def unet_names(config: UNetConfig, dialect: str) -> Iterator[tuple[str, str]]:
     """(our module, what the dialect calls it); `label_emb` is there in every form that it can have."""
-    time, vector, label, conv_in, norm_out, conv_out = {
-        "ldm": ["time_embed.{}", "label_emb.0.{}", "label_emb", "input_blocks.0.0", "out.0", "out.2"],
-        "diffusers": [
-            "time_embedding.linear_{}",
-            "class_embedding.linear_{}",
-            "class_embedding",
-            "conv_in",
-            "conv_norm_out",
-            "conv_out",
-        ],
-    }[dialect]
-    for ours, n in ((0, 0), (2, 2)) if dialect == "ldm" else ((0, 1), (2, 2)):
-        yield f"time_embed.{ours}", time.format(n)
-        yield f"label_emb.{ours}", vector.format(n)
-    yield from (("label_emb", label), ("conv_in", conv_in), ("norm_out", norm_out), ("conv_out", conv_out))
+    yield from ((ours, theirs) for ours, theirs in _NAMES[dialect].items() if ours not in _RES)
     for slot, part, official in _slot_parts(config, dialect):
         if part == "res":
-            for ours, theirs in _RES[dialect].items():
-                yield f"{slot}.res.{ours}", f"{official}.{theirs}"
+            yield from ((f"{slot}.res.{ours}", f"{official}.{_NAMES[dialect][ours]}") for ours in _RES)
         elif part == "resample":
             yield f"{slot}.resample.conv", official
         else:
@@ -107,13 +80,14 @@ def unet_names(config: UNetConfig, dialect: str) -> Iterator[tuple[str, str]]:
 
 
 def config_from_shapes(tensors: Shapes, dialect: str) -> tuple[UNetConfig, str]:
-    shape, name = tensors.shape, _UNET_NAMES[dialect]
+    shape, conv1 = tensors.shape, _NAMES[dialect]["conv1"]
+    name = {ours: f"{theirs}.weight" for ours, theirs in _NAMES[dialect].items()}
     channels, in_channels = shape(name["conv_in"])[:2]
     levels, widths = [], {}
     attention_levels, cross_only_levels, transformer = set(), set(), None
     for level, block, attention in _encoder_blocks(tensors, dialect):
         levels.append(level)
-        widths[level] = shape(f"{block}.{name['conv1']}.weight")[0]
+        widths[level] = shape(f"{block}.{conv1}.weight")[0]
         if f"{attention}.proj_in.weight" in tensors:
             transformer = attention
             attention_levels.add(level)
@@ -137,29 +111,11 @@ def config_from_shapes(tensors: Shapes, dialect: str) -> tuple[UNetConfig, str]:
         transformer_depth=count(tensors, re.escape(transformer) + r"\.transformer_blocks\.(\d+)\."),
         context_dim=shape(f"{transformer}.transformer_blocks.0.attn2.to_k.weight")[1],
         linear_projection=len(shape(f"{transformer}.proj_in.weight")) == 2,
-        num_classes=shape(name["label"])[0] if name["label"] in tensors else None,
-        vector_dim=shape(name["vector"])[1] if name["vector"] in tensors else None,
+        num_classes=shape(name["label_emb"])[0] if name["label_emb"] in tensors else None,
+        vector_dim=shape(name["label_emb.0"])[1] if name["label_emb.0"] in tensors else None,
         norm_groups=math.gcd(channels, UNetConfig.norm_groups),  # where 32 do not fit, a doubt remains (_with_heads)
     )
     return _with_heads(config)
-
-
-_UNET_NAMES = {
-    "ldm": {
-        "conv_in": "input_blocks.0.0.weight",
-        "conv_out": "out.2.weight",
-        "label": "label_emb.weight",
-        "vector": "label_emb.0.0.weight",
-        "conv1": "in_layers.2",
-    },
-    "diffusers": {
-        "conv_in": "conv_in.weight",
-        "conv_out": "conv_out.weight",
-        "label": "class_embedding.weight",
-        "vector": "class_embedding.linear_1.weight",
-        "conv1": "conv1",
-    },
-}
 
 
 def _encoder_blocks(tensors: Shapes, dialect: str) -> Iterator[tuple[int, str, str]]:
@@ -191,32 +147,20 @@ def _with_heads(config: UNetConfig) -> tuple[UNetConfig, str]:
     return config, f"no official U-Net has these shapes, and they do not tell its heads: {guess} would be a guess"
 
 
-# (key, the values with which our networks agree); anything else would change the numbers silently
+# The values with which our network agrees, of these keys each; any other would change its results silently.
 _FIXED = {
-    "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
-    "attention_type": ("default",),
-    "center_input_sample": (False, None),
-    "class_embed_type": (None, "projection"),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False, None),
-    "encoder_hid_dim_type": (None,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "resnet_out_scale_factor": (1,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_type": ("positional", None),
-    "timestep_post_act": (None,),
+    **dict.fromkeys(("addition_embed_type", "cross_attention_norm", "encoder_hid_dim_type"), (None,)),
+    **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act"), (None,)),
+    **dict.fromkeys(("center_input_sample", "dual_cross_attention", "mid_block_only_cross_attention"), (False, None)),
+    **dict.fromkeys(("class_embeddings_concat", "resnet_skip_time_act"), (False,)),
+    **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), (1,)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
+    **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
+    **{"act_fn": ("silu", "swish"), "class_embed_type": (None, "projection"), "flip_sin_to_cos": (True,)},
+    **{"freq_shift": (0,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "time_embedding_type": ("positional", None)},
 }
+_WRITTEN = ("act_fn", "center_input_sample", "downsample_padding", "flip_sin_to_cos", "freq_shift")
+_WRITTEN += ("mid_block_scale_factor", "mid_block_type")
 
 
 def config_from_json(unet: UNetConfig, config: dict, path: Path) -> UNetConfig:
@@ -267,6 +211,7 @@ def _cross_only(unet: UNetConfig, config: dict, path: Path) -> tuple[int, ...]:
 
 
 def config_to_json(config: ModelConfig) -> dict:
+    """The config.json with which diffusers builds the same network."""
     unet = config.unet
     levels = range(len(unet.channel_mult))
     widths = [unet.channels * mult for mult in unet.channel_mult]
@@ -275,20 +220,14 @@ def config_to_json(config: ModelConfig) -> dict:
     only_cross = [level in unet.cross_only_levels for level in levels]
     return {
         "_class_name": "UNet2DConditionModel",
-        "act_fn": "silu",
+        **{key: _FIXED[key][0] for key in _WRITTEN},
         "attention_head_dim": heads,
         "block_out_channels": widths,
-        "center_input_sample": False,
         "class_embed_type": "projection" if unet.vector_dim else None,
         "cross_attention_dim": unet.context_dim,
         "down_block_types": ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "in_channels": unet.in_channels,
         "layers_per_block": unet.num_res_blocks,
-        "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
         "norm_eps": unet.norm_eps,
         "norm_num_groups": unet.norm_groups,
         "num_class_embeds": unet.num_classes,
@@ -314,6 +253,8 @@ def in_folder(declared: UNetConfig, inferred: UNetConfig) -> UNetConfig:
 
 ORIGINAL_NAMES = r"time_embed|label_emb|input_blocks|middle_block|output_blocks|out\.|zero_convs|input_hint_block"
 HINT_MARKERS = {"ldm": "input_hint_block.0.weight", "diffusers": "controlnet_cond_embedding.conv_in.weight"}
+_NOT_IN_SHAPES = ("cross_only_levels", "num_heads", "head_width")
+_NOT_IN_SHAPES += ("norm_groups", "norm_eps", "attn_norm_eps", "layer_norm_eps")
 
 UNET = NetworkFormat(
     name="unet",
@@ -326,15 +267,7 @@ UNET = NetworkFormat(
         Naming("diffusers", ("",), "time_embedding.linear_1.weight", unless=HINT_MARKERS["diffusers"]),
     ),
     config_from_shapes=config_from_shapes,
-    inferred_not=(
-        "cross_only_levels",
-        "num_heads",
-        "head_width",
-        "norm_groups",
-        "norm_eps",
-        "attn_norm_eps",
-        "layer_norm_eps",
-    ),
+    not_in_shapes=_NOT_IN_SHAPES,
     prefixes={"ldm": "model.diffusion_model."},
     subfolder="unet",
     config_from_json=config_from_json,

@@ -84,6 +84,7 @@ def config_from_json(vae: VAEConfig, config: dict, path: Path) -> VAEConfig:
 
 
 def config_to_json(config: ModelConfig) -> dict:
+    """The config.json with which diffusers builds the same network."""
     vae = config.vae
     return {
         "_class_name": "AutoencoderKL",
@@ -121,7 +122,7 @@ VAE = NetworkFormat(
         Naming("diffusers", ("",), "encoder.down_blocks.0.resnets.0.norm1.weight", _NAMES, rename=new_name),
     ),
     config_from_shapes=config_from_shapes,
-    inferred_not=("scale_factor", "norm_groups", "norm_eps", "logvar_range"),
+    not_in_shapes=("scale_factor", "norm_groups", "norm_eps", "logvar_range"),
     prefixes={"ldm": "first_stage_model."},
     subfolder="vae",
     config_from_json=config_from_json,
