@@ -38,18 +38,20 @@ from minisd.eval.comparison import (
 )
 from minisd.eval.comparison_page import contact_sheet, table
 from minisd.eval.features import CLIPFeatures
-from minisd.eval.subject import SubjectJudge
+from minisd.eval.subject import SubjectScorer
 from minisd.models.unet import Conditioning
 from minisd.pipeline import StableDiffusion
 from minisd.training.draws import Draws
-from minisd.training.options import Run
+from minisd.training.options import TrainingRun
 from minisd.training.parallel import ALONE
 from minisd.training.progress import read_log
+from minisd.training.subject.config import SubjectConfig, prompts_of
 from minisd.training.subject.lora import LoRAConfig, LoRALayer, add_layers
+from minisd.training.subject.method import Method
 from minisd.training.subject.photos import Views, load_photos, near_duplicates
 from minisd.training.subject.prior import drawn_class
-from minisd.training.subject.recipe import SubjectConfig, SubjectRecipe, best_step, prompts_of
-from minisd.training.subject.small import for_small_model
+from minisd.training.subject.recipe import SubjectRecipe
+from minisd.training.subject.validation import best_step
 from minisd.training.weights import copied
 
 HERE = Path(__file__).parent
@@ -238,7 +240,7 @@ def test_a_training_ends_with_its_best_weights_and_a_curve_of_the_scores(tmp_pat
         return {"CLIP-I": {2: 0.9}.get(len(calls), 0.5), "CLIP-T": 0.3, "PRES": 0.1, "DIV": 0.2}
 
     run = replace(RUN, sample_every=1)
-    best = train("lora", tmp_path / "a", run=run, scores=scores)
+    best = train("lora", tmp_path / "a", run=run, scorer=scores)
     short = replace(CONFIGS["lora"], loop=replace(LOOP, steps=2))
     two = train("lora", tmp_path / "b", config=short)
     assert all(torch.equal(best[name].up, two[name].up) for name in two)
@@ -416,7 +418,7 @@ def test_trainings_that_were_killed_end_with_the_bits_of_those_that_were_not(tmp
 
 def test_saving_memory_changes_no_bit_of_the_result(tmp_path):
     config = CONFIGS["lora"]
-    saving = replace(config, subject=replace(config.subject, recompute=True))
+    saving = replace(config, subject=replace(config.subject, gradient_checkpointing=True))
     plain, saved = train("lora", tmp_path / "a"), train("lora", tmp_path / "b", config=saving)
     assert all(torch.equal(plain[name].up, saved[name].up) for name in plain)
 
@@ -462,10 +464,10 @@ def test_the_table_has_means_and_the_paired_distances_from_the_floor():
 
 def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     sd = StableDiffusion(checkpoint(MODEL))
-    judge_by = partial(SubjectJudge, CLIPFeatures.of(sd))
+    scorer_for = partial(SubjectScorer, CLIPFeatures.of(sd))
     settings = Settings(steps=1, batch_size=2)
     plan = Comparison(("{}",), 2, 2, 2, settings, class_prior=2, train_steps=1)
-    arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, judge_by, Run(quiet=True, sample_every=0))
+    arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, scorer_for, TrainingRun(quiet=True, sample_every=0))
     monkeypatch.setattr("minisd.eval.comparison.train_dreambooth", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(*arguments)
@@ -480,7 +482,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
     assert all(scores[SECONDS] > 0 for scores in rows.values())
     assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
-    by_others = judge_by(images_of(load_photos(DUCK / "other", sd.config.image_size)))
+    by_others = scorer_for(images_of(load_photos(DUCK / "other", sd.config.image_size)))
     views = load_photos(DUCK / "train", sd.config.image_size, masks=DUCK / "masks" / "train").first(2)
     seen = images_of(cut_out(views))
     assert rows[CEILING][TRANSFER] == pytest.approx(by_others.each(seen, "bird")["CLIP-I"].mean().item(), abs=1e-5)
@@ -495,20 +497,22 @@ def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_a
     plan = Comparison(("{}",), 2, 2, 2, Settings(steps=1, batch_size=2), class_prior=2, train_steps=1)
     clip = CLIPFeatures.of(sd)
 
-    def judge_by(pictures):
+    def scorer_for(pictures):
         asked.append(pictures)
-        return SubjectJudge(clip, pictures)
+        return SubjectScorer(clip, pictures)
 
-    def learn(sd, photos, *_):
+    def learn(method, sd, photos, *_, **__):
         asked.append(photos)
         return torch.zeros(4, sd.config.text.width)
 
-    monkeypatch.setattr("minisd.eval.comparison.train_textual_inversion", learn)
-    monkeypatch.setattr(Comparison, "methods", lambda self, every=Comparison.methods: every(self)[:1])
+    monkeypatch.setattr(Method, "train", learn)
+    monkeypatch.setattr(Comparison, "lessons", lambda self, every=Comparison.lessons: every(self)[:1])
 
     def run():
         asked.clear()
-        compare(sd, tmp_path / "duck", "bird", tmp_path / "out", plan, judge_by, Run(quiet=True, sample_every=0))
+        compare(
+            sd, tmp_path / "duck", "bird", tmp_path / "out", plan, scorer_for, TrainingRun(quiet=True, sample_every=0)
+        )
         return asked
 
     test, other, photos = run()
@@ -575,23 +579,24 @@ def test_a_small_model_is_taught_by_the_plan_for_one_and_a_large_one_by_the_meth
         return json.loads((folder / out / "lora.json").read_text())["config"]
 
     small = planned("small")
-    assert "a small model, taught as such: 2 steps at rate 0.001" in capsys.readouterr().err
+    assert "small model, small preset: 2 steps, lr 0.001" in capsys.readouterr().err
     own = LoRAConfig(SubjectConfig("sks", "cat"))
-    plan = for_small_model(own)
+    plan = own.for_small_model()
     assert (small["rank"], tuple(small["unet"]), small["loop"]["lr"]) == (plan.rank, plan.unet, plan.loop.lr)
     assert planned("told", "rank=3")["rank"] == 3
-    kept = for_small_model(replace(own, loop=replace(own.loop, seed=7), prior=replace(own.prior, weight=0.0)))
+    other = replace(own, loop=replace(own.loop, seed=7), prior=replace(own.prior, weight=0.0))
+    kept = other.for_small_model()
     assert (kept.loop.seed, kept.prior.weight) == (7, 0.0)
     capsys.readouterr()
     monkeypatch.setattr("minisd.training.subject.small.SMALL", 0)
     large = planned("large")
-    assert "taught as such" not in capsys.readouterr().err
+    assert "small preset" not in capsys.readouterr().err
     assert (large["rank"], tuple(large["unet"]), large["loop"]["lr"]) == (own.rank, own.unet, own.loop.lr)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     assert main(["train", "lora", "--config", "large/lora.json", "--out", "again", "--quiet"]) == 0
     assert json.loads((folder / "again" / "lora.json").read_text())["config"] == large
-    assert "taught as such" not in capsys.readouterr().err
+    assert "small preset" not in capsys.readouterr().err
 
 
 QUICK = ["loop.steps=2", "prior.count=2", "prior.settings.steps=1", "subject.validation.steps=1"]
@@ -648,11 +653,13 @@ def test_a_caption_names_the_token_as_a_word_only():
 
 
 def test_the_record_of_another_run_is_not_written_over(tmp_path):
-    record = {"config": {"rank": 4, "subject": {"recompute": False}}, "inputs": {"hashes": {"a.png": "1"}}}
+    record = {"config": {"rank": 4, "subject": {"gradient_checkpointing": False}}, "inputs": {"hashes": {"a.png": "1"}}}
     path = tmp_path / "lora.json"
     check_free(path, record)
     path.write_text(json.dumps(record))
-    check_free(path, record | {"config": record["config"] | {"subject": {"recompute": True}}})  # saves memory only
+    check_free(
+        path, record | {"config": record["config"] | {"subject": {"gradient_checkpointing": True}}}
+    )  # saves memory only
     others = [record | {"config": {**record["config"], "rank": 8}}, record | {"inputs": {"hashes": {"a.png": "2"}}}]
     for other in others:
         with pytest.raises(ValueError, match=r"of another run .* choose another --out"):

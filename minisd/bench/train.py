@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,26 +23,25 @@ from minisd.bench.report import Report
 from minisd.bench.unet import Step
 from minisd.bench.weights import write_random_folder
 from minisd.config import SD1, ModelConfig
+from minisd.training.subject import METHODS, method
 
-Method = Literal["textual-inversion", "lora", "dreambooth"]
-METHODS = get_args(Method)
-TOKEN, CLASS, RANK = "sks", "dog", 8
+TOKEN, PLACEHOLDER, CLASS, RANK = "sks", "<sks>", "dog", 8
 
 
 @dataclass(frozen=True)
 class Training:
     """One step: `batch` photos under one prompt, without prior preservation; latents are made before.
 
-    dtype: bfloat16 means autocast; what learns is float32 either way. recompute: gradient checkpointing.
+    dtype: bfloat16 means autocast; what learns is float32 either way. gradient_checkpointing: gradient checkpointing.
     """
 
     config: ModelConfig
-    method: Method
+    method: str
     size: int
     batch: int
     dtype: str
     device: str = "cpu"
-    recompute: bool = False
+    gradient_checkpointing: bool = False
 
     @property
     def label(self) -> dict[str, str | int]:
@@ -97,33 +95,26 @@ def minisd(folder: Path, case: Training) -> Run:
     from minisd.runtime.tuning import tune
     from minisd.training.optimizers import build_optimizers
     from minisd.training.options import LoopConfig
-    from minisd.training.subject import dreambooth, lora, textual_inversion
+    from minisd.training.subject.config import SubjectConfig
+    from minisd.training.subject.examples import SubjectBatch
+    from minisd.training.subject.lora import layers_of
     from minisd.training.subject.photos import Photos
-    from minisd.training.subject.recipe import Batch, SubjectConfig
 
     sd = load(folder, device=case.device)
-    token = "<sks>" if case.method == "textual-inversion" else TOKEN
+    taught = method(case.method)
     loop = LoopConfig(batch_size=case.batch, precision=case.dtype, ema=None)
-    subject = SubjectConfig(token, CLASS, recompute=case.recompute)
+    subject = SubjectConfig(taught.token or PLACEHOLDER, CLASS, gradient_checkpointing=case.gradient_checkpointing)
     # the photo itself is not learnt from: the latents are those of the case, for every contender
     photos = Photos(np.zeros((1, 1, 64, 64, 3), np.uint8), None, ((),), ("photo.png",), "benchmark")
-    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as place, torch.enable_grad():
-        if case.method == "dreambooth":
-            config = dreambooth.DreamBoothConfig(subject, loop=loop)
-            recipe = dreambooth.dreambooth_recipe(sd, photos, Path(place), config)
-        elif case.method == "lora":
-            config = lora.LoRAConfig(subject, loop=loop, rank=RANK)
-            recipe, layers = lora.lora_recipe(sd, photos, Path(place), config)
-            start_alike(layer.down.weight for layer in layers.values())
-        else:
-            config = textual_inversion.TextualInversionConfig(subject, loop=loop)
-            recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(place), config)
+    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as work, torch.enable_grad():
+        recipe = taught.recipe(sd, photos, Path(work), taught.config(subject, loop=loop))
+        start_alike(layer.down.weight for layer in layers_of(recipe).values())
     networks = recipe.networks.train()
     tune(networks, torch.device(case.device))
     optimizers = build_optimizers(networks, loop)
     x_0, noise = case.latents_and_noise()
     first = torch.zeros(case.batch, dtype=torch.long, device=case.device)
-    batch = Batch(x_0, noise, case.t, first, torch.ones_like(x_0[:, :1]))
+    batch = SubjectBatch(x_0, noise, case.t, first, torch.ones_like(x_0[:, :1]))
 
     @torch.enable_grad()
     def step() -> None:  # a step of training.loop.train
@@ -146,7 +137,7 @@ def diffusers(folder: Path, case: Training) -> Run:
     models = examples.Models(folder, torch.float32, mixed=case.dtype == "bfloat16")
     models.unet.to(case.device)
     models.text_encoder.to(case.device)
-    if case.recompute:
+    if case.gradient_checkpointing:
         models.checkpoint_gradients()
     text = case.config.text
     tokenizer = Tokenizer(length=text.length, pad_id=text.pad_id, dialect=text.dialect)
@@ -161,9 +152,9 @@ def diffusers(folder: Path, case: Training) -> Run:
         else:
             table = models.text_encoder.get_input_embeddings().weight
             rows = table[[tokenizer.encode(CLASS)[0]]].detach().clone()
-            tokenizer.add_token("<sks>", 1)
+            tokenizer.add_token(PLACEHOLDER, 1)
             example = examples.textual_inversion(models, rows, lr=1e-4)
-    prompt = "a <sks>" if case.method == "textual-inversion" else f"a {TOKEN} {CLASS}"
+    prompt = f"a {PLACEHOLDER}" if case.method == "textual-inversion" else f"a {TOKEN} {CLASS}"
     ids = tokenizer([prompt] * case.batch).to(case.device)
     batch = examples.Batch(*case.latents_and_noise(), case.t, ids)
     return with_the_first(models.unet, torch.enable_grad()(lambda: example.step(batch)))
@@ -173,7 +164,11 @@ CONTENDERS = {"minisd": minisd, "diffusers": diffusers}
 
 
 def bench_train(
-    options: Pictures, config: ModelConfig = SD1, *, methods: Iterable[Method] = METHODS, recompute: bool = False
+    options: Pictures,
+    config: ModelConfig = SD1,
+    *,
+    methods: Iterable[str] = METHODS,
+    gradient_checkpointing: bool = False,
 ) -> Report:
     """Seconds and peak of one step of each method; every contender has a new process in every pair.
 
@@ -181,14 +176,12 @@ def bench_train(
     """
     if options.dtype == "float16":
         raise ValueError("float16 is no precision to train in here: give bfloat16 or float32")
-    if strangers := [method for method in methods if method not in METHODS]:
-        raise ValueError(f"unknown method {strangers[0]!r}; known: {', '.join(METHODS)}")
     found = [
-        Training(config, method, size, batch, options.dtype, options.device, recompute)
-        for method, (size, batch) in product(methods, list(options.cases(config)))
+        Training(config, method(name).command, size, batch, options.dtype, options.device, gradient_checkpointing)
+        for name, (size, batch) in product(methods, list(options.cases(config)))
     ]
     programs = chosen(CONTENDERS, options.peers)
-    saved = ", gradient checkpointing" if recompute else ""
+    saved = ", gradient checkpointing" if gradient_checkpointing else ""
     what = f"a training step on {config.name}, random weights, latents given{saved}"
     report = Report("train", what, machine(options.device), options)
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:

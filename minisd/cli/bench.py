@@ -62,19 +62,21 @@ def bench_train(
     *,
     options: Annotated[Pictures, Flat] = Pictures(),
     method: Annotated[list[str], Parameter(negative=(), consume_multiple=True)] = (),
-    recompute: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> int:
     """Time and memory of a training step of each way to learn a subject, random weights of the official size.
 
     Args:
-        method: textual-inversion, lora or dreambooth; several may follow; all of them when left out.
-        recompute: with gradient checkpointing.
+        method: a method of `minisd train`: textual-inversion, lora, dreambooth; several may follow [all]
+        gradient_checkpointing: gradient checkpointing: less memory, a third more work
     """
     check(options)
-    from minisd.bench.train import METHODS
     from minisd.bench.train import bench_train as measure
+    from minisd.training.subject import METHODS
 
-    return publish([measure(options, methods=method or METHODS, recompute=recompute)], options)
+    return publish(
+        [measure(options, methods=method or METHODS, gradient_checkpointing=gradient_checkpointing)], options
+    )
 
 
 def bench_attention(*, options: Annotated[Options, Flat] = Options(), training: bool = False) -> int:

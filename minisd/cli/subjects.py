@@ -44,20 +44,22 @@ def eval_subjects(
     from minisd.eval.comparison_page import contact_sheet, notes, table
     from minisd.eval.features import CLIPFeatures
     from minisd.eval.report import machine
-    from minisd.eval.subject import SubjectJudge
+    from minisd.eval.subject import SubjectScorer
     from minisd.provenance.files import write_whole
-    from minisd.training.options import Run
+    from minisd.training.options import TrainingRun
     from minisd.training.recipes.mini import has_bfloat16
 
     sd = model.load_whole()
     quick = sd.device.type == "cuda" or has_bfloat16()
     plan = Comparison(precision="bfloat16" if quick else "float32", train_steps=train_steps)
     clip = CLIPFeatures.of(sd)
-    run = Run(device=model.device, save_every=100, log_every=20, sample_every=0)
+    run = TrainingRun(device=model.device, save_every=100, log_every=20, sample_every=0)
     found = {}
     for number, name in enumerate(chosen):
         print(f"{name} ({number + 1} of {len(chosen)})", file=sys.stderr)
-        found[name] = compare(sd, data / name, known[name]["class"], out / name, plan, partial(SubjectJudge, clip), run)
+        found[name] = compare(
+            sd, data / name, known[name]["class"], out / name, plan, partial(SubjectScorer, clip), run
+        )
     seconds = [scores.get(SECONDS, float("nan")) for rows in found.values() for scores in rows.values()]
     facts = machine(sd.device) | {"minutes, of all rows": round(sum(seconds) / 60, 1), "feature space": clip.name}
     about = [*(f"{key}: {value}" for key, value in facts.items()), *notes(plan)]

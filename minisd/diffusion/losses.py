@@ -80,16 +80,9 @@ def training_target(
     x_0: Tensor, x_t: Tensor, i: Index, chain: Chain, noise: Tensor, *, predicts: Predicts = "eps"
 ) -> Tensor:
     """What a network that `predicts` this should return for x_t = chain.q_sample(x_0, i, noise)."""
-    match predicts:
-        case "eps":
-            return noise
-        case "x_0":
-            return x_0
-        case "v":
-            return chain.schedule.v_target(x_0, chain.t(i), noise)
-        case "previous_x":
-            return posterior(x_0, x_t, i, chain).mean
-    raise ValueError(f"a network cannot predict {predicts!r}; known: eps, x_0, v, previous_x")
+    if predicts == "previous_x":
+        return posterior(x_0, x_t, i, chain).mean
+    return chain.schedule.target(x_0, chain.t(i), noise, predicts)
 
 
 class LossSecondMoment:

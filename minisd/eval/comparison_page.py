@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minisd.eval.comparison import CEILING, FLOOR, NO_PRIOR, OTHERS, TRANSFER, Comparison, Scores, place_of
+from minisd.eval.comparison import CEILING, FLOOR, NO_PRIOR, OTHERS, TRANSFER, Comparison, Scores
 from minisd.eval.intervals import bootstrap, paired_bootstrap
 from minisd.eval.sheets import captioned
 from minisd.tasks.images import load_image
@@ -92,7 +92,7 @@ def contact_sheet(out: Path, subjects: Mapping[str, Path], found: Mapping[str, M
     rows = [row for row in rows_of(found) if row != CEILING]
     images, texts = [], []
     for subject, folder in subjects.items():
-        drawn = {row: place_of(out / subject, row) / "first.png" for row in rows if row in found[subject]}
+        drawn = {row: folder_of(out / subject, row) / "first.png" for row in rows if row in found[subject]}
         for text, path in {subject: photo_paths(folder / "train")[0], **{row: drawn.get(row) for row in rows}}.items():
             image = Image.new("RGB", images[0].size, "white") if path is None else load_image(path).convert("RGB")
             images.append(image if not images else image.resize(images[0].size))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from minisd.config import from_dict
 
@@ -18,8 +18,8 @@ class LoopConfig:
     Attributes:
         steps: updates of the weights.
         batch_size: examples per update, over all processes and micro-batches together.
-        accumulate: micro-batches per process and update; more need less memory, and change the result by rounding only
-            (beside a rival, whose weight is found for each, by more).
+        gradient_accumulation: micro-batches per process and update: more need less memory, and change the result by
+            rounding only (with a discriminator, whose weight is computed for each, by more).
         lr: the learning rate of AdamW after the warm-up.
         muon: that of Muon, which then moves matrices and kernels (`optimizers.Muon`); null leaves all to AdamW.
         warmup: steps in which the rate rises linearly.
@@ -36,7 +36,7 @@ class LoopConfig:
 
     steps: int = 1000
     batch_size: int = 32
-    accumulate: int = 1
+    gradient_accumulation: int = 1
     lr: float = 1e-4
     muon: float | None = None
     warmup: int = 100
@@ -58,7 +58,7 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """How a training is carried out and watched. Nothing but the device, which draws its own noise, changes a weight.
 
     Attributes:
@@ -78,7 +78,7 @@ class Run:
     tensorboard: bool = False
 
 
-RUN = Run()
+RUN = TrainingRun()
 
 Config = TypeVar("Config")
 
@@ -88,7 +88,22 @@ def changed(config: Config, changes: Mapping) -> Config:
 
     changes: {"unet": {"loop": {"steps": 100}}}, only what differs.
     """
-    return from_dict(type(config), _merged(asdict(config), changes))
+    return from_dict(type(config), _merged(asdict(config), renamed(changes)))
+
+
+# Fields as they were called before, in the states and JSON files of trainings from then → as they are called now.
+RENAMED = {
+    "recompute": "gradient_checkpointing",
+    "accumulate": "gradient_accumulation",
+    "judge": "scorer",
+}
+
+
+def renamed(values: Any) -> Any:
+    """The same plain values with every field under its present name."""
+    if isinstance(values, Mapping):
+        return {RENAMED.get(name, name): renamed(value) for name, value in values.items()}
+    return values
 
 
 def _merged(old: Mapping, new: Mapping) -> dict:

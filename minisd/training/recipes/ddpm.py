@@ -29,8 +29,9 @@ from minisd.tasks.images import grid, to_pil
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
 from minisd.training.loop import train
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
+from minisd.training.recipes import TrainingRecipe
 from minisd.training.weights import seeded
 
 KEY = "minisd_ddpm"  # in the metadata: the config
@@ -149,7 +150,7 @@ def train_ddpm(
     pictures: Pictures,
     folder: str | os.PathLike,
     config: DDPMConfig = DDPMConfig(),
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
 ) -> DDPM:
     """The trained model, averaged; also in folder/ddpm.safetensors, with its config in the metadata."""
@@ -178,3 +179,11 @@ def load_ddpm(path: str | os.PathLike, *, device: str | torch.device = "cpu") ->
     unet = UNet(config.unet)
     unet.load_state_dict({name: file.read(name) for name in file})
     return DDPM(unet.to(device).eval().requires_grad_(False), config)
+
+
+RECIPE = TrainingRecipe(
+    config=lambda device: DDPMConfig(),
+    train=train_ddpm,
+    resolution=lambda config: config.size,
+    writes="ddpm.safetensors",
+)

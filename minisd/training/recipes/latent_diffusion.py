@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.checkpoints.load import Checkpoint
 from minisd.config import ModelConfig, Settings
 from minisd.diffusion.gaussian import per_image
-from minisd.eval.features import network_digest
 from minisd.models.clip import CLIPText
 from minisd.models.unet import Conditioning, UNet
 from minisd.models.vae import VAE
@@ -28,9 +28,9 @@ from minisd.training.data import Pictures
 from minisd.training.draws import Draws
 from minisd.training.loop import train
 from minisd.training.loss import min_snr_weights
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
-from minisd.training.weights import recompute, seeded
+from minisd.training.weights import checkpoint_gradients, seeded
 
 CACHE = "cache.safetensors"
 
@@ -44,7 +44,7 @@ class LatentDiffusionConfig:
         loop: the training loop.
         caption_dropout: share of pictures shown with the empty caption, which guidance needs.
         min_snr: γ of min-SNR weighting (the paper's is 5); null weighs all times alike.
-        recompute: gradient checkpointing: a third more work, much less memory.
+        gradient_checkpointing: a third more work, much less memory.
         prompts: of the sample sheets; none are drawn when empty.
         guidance_scale: of the sample sheets.
     """
@@ -53,7 +53,7 @@ class LatentDiffusionConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     caption_dropout: float = 0.1
     min_snr: float | None = None
-    recompute: bool = False
+    gradient_checkpointing: bool = False
     prompts: tuple[str, ...] = ("a red apple", "a cat", "a dog", "a house", "a rocket", "a flower", "a fish", "a heart")
     guidance_scale: float = 4.0
 
@@ -93,8 +93,8 @@ class LatentDiffusionRecipe:
         self.schedule = build_schedule(config.model.schedule)
         with seeded("unet", config.loop.seed):
             self.unet = UNet(config.model.unet)
-        if config.recompute:
-            recompute(self.unet.slots())
+        if config.gradient_checkpointing:
+            checkpoint_gradients(self.unet.slots())
         self.networks = nn.ModuleDict({"unet": self.unet})
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class LatentDiffusionRecipe:
         x_0 = mean + std * draws.normal(*mean.shape[1:])
         noise = draws.normal(*mean.shape[1:])
         x_t = schedule.q_sample(x_0, t, noise)
-        target = {"eps": noise, "v": schedule.v_target(x_0, t, noise), "x_0": x_0}[prediction]
+        target = schedule.target(x_0, t, noise, prediction)
         output = self.unet(x_t, t, Conditioning(context)).float()
 
         error = per_image((output - target) ** 2)
@@ -135,7 +135,7 @@ def train_latent_diffusion(
     text: CLIPText,
     folder: str | os.PathLike,
     config: LatentDiffusionConfig,
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
     *,
     start: UNet | None = None,
@@ -158,7 +158,7 @@ def train_latent_diffusion(
             save_cache(folder / CACHE, cache, digest)
     recipe = LatentDiffusionRecipe(vae.to(group.device), text.to(group.device), cache.to(group.device), config)
     # where memory is saved is no part of the result
-    settings = {"recipe": asdict(replace(config, recompute=False)), "data": digest}
+    settings = {"recipe": asdict(replace(config, gradient_checkpointing=False)), "data": digest}
     if start is not None:
         recipe.unet.load_state_dict(start.state_dict())
         settings["start"] = network_digest(start)

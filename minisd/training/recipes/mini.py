@@ -21,8 +21,9 @@ from minisd.checkpoints.save import save_checkpoint
 from minisd.config import MINI, ModelConfig
 from minisd.provenance.files import write_whole
 from minisd.training.data import Augmentation, Pictures
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
+from minisd.training.recipes import TrainingRecipe
 from minisd.training.recipes.clip import CLIPRecipeConfig, train_clip
 from minisd.training.recipes.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
 from minisd.training.recipes.vae import VAERecipeConfig, train_vae
@@ -98,7 +99,7 @@ def train_mini(
     pictures: Pictures,
     folder: str | os.PathLike,
     config: MiniConfig,
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
 ) -> Checkpoint:
     """All three recipes, in subfolders of `folder`; then folder/mini.safetensors, in the original's layout.
@@ -184,3 +185,11 @@ def networks_in(paths: Sequence[str | os.PathLike], model: ModelConfig) -> tuple
 def in_half(network: nn.Module) -> nn.Module:
     """A copy of a network in float16; the weight stays what it was."""
     return deepcopy(network).half()
+
+
+RECIPE = TrainingRecipe(
+    config=lambda device: mini_config(gpu=device.startswith("cuda")),
+    train=train_mini,
+    resolution=lambda config: config.unet.model.image_size,
+    writes=FILE,
+)
