@@ -17,7 +17,7 @@ from cyclopts import Group, Parameter
 
 from minisd import __version__
 from minisd.cli.options import Model
-from minisd.cli.training import plain_changes, plain_options, settings_of
+from minisd.cli.training import PLAIN_GROUP, plain_changes, plain_options, settings_of
 from minisd.training.options import TrainingRun, changed, read_changes, renamed
 from minisd.training.subject import METHODS, method
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minisd.training.subject.validation import Scorer
 
 
-@Parameter(name="*", group=Group("Inputs", sort_key=1))
+@Parameter(name="*", group=Group("Inputs", sort_key=2))
 @dataclass(frozen=True)
 class SubjectInputs:
     """What is read. With --config all of it is known, and what is given here takes its place.
@@ -70,6 +70,7 @@ def subject_command(name: str) -> Callable[..., None]:
     taught = method(name)
     default = taught.config(SubjectConfig("TOKEN", "CLASS"))
     options_type = plain_options(default, default.for_small_model())
+    unset = options_type()
 
     def command(
         photos=None,
@@ -78,7 +79,7 @@ def subject_command(name: str) -> Callable[..., None]:
         class_word=None,
         out=Path(taught.command),
         config=None,
-        options=options_type(),
+        options=unset,
         settings=(),
         inputs=SubjectInputs(),
         run=ShortRun(),
@@ -101,7 +102,7 @@ def subject_command(name: str) -> Callable[..., None]:
         "class_word": Annotated[str | None, Parameter(name="--class")],
         "out": Path,
         "config": Path | None,
-        "options": options_type,
+        "options": Annotated[options_type, PLAIN_GROUP],
         "settings": settings_of(default),
         "inputs": SubjectInputs,
         "run": Carried,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass, make_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -15,11 +15,15 @@ from cyclopts import Group, Parameter
 from docstring_parser import parse
 
 from minisd.cli.options import Model
+from minisd.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, UNetConfig, VAEConfig
 from minisd.training.options import RUN, TrainingRun, changed, read_changes
 from minisd.training.recipes import RECIPES, recipe
 
 Carried = Annotated[TrainingRun, Parameter(name="*", group=Group("Run", sort_key=2))]
+NETWORKS = (UNetConfig, VAEConfig, CLIPTextConfig, CLIPVisionConfig, ModelConfig)  # listed by `minisd inspect`
 LISTED = {"consume_multiple": True, "negative": ()}
+
+PLAIN_GROUP = Parameter(name="*", group=Group("Training", sort_key=1))
 
 # Options of their own, and the field of a config that each sets, where the config has it. --set reaches the others.
 PLAIN = {
@@ -51,8 +55,7 @@ def plain_options(default: Any, small: Any = None) -> type:
             text += f" [{value}]" if value == value_of_small else f" [{value}; a small model: {value_of_small}]"
         parameter = Parameter(help=text, **(LISTED if isinstance(value, tuple) else {}))
         options.append((name, Annotated[get_type_hints(type(owner))[field] | None, parameter], None))
-    options = make_dataclass("PlainOptions", options, frozen=True)
-    return Parameter(name="*", group=Group("Training", sort_key=1))(options)
+    return make_dataclass("PlainOptions", options, frozen=True, namespace={"__module__": __name__})
 
 
 def plain_changes(options: Any) -> dict:
@@ -74,15 +77,13 @@ def settings_of(default: Any) -> Any:
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a nested config that are no configs themselves, by path, without those of networks."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if is_dataclass(value):
-            if not type(value).__name__.endswith(
-                ("UNetConfig", "VAEConfig", "ModelConfig", "TextConfig", "VisionConfig")
-            ):
-                yield from leaves(value, f"{path}{field.name}.")
-        elif field.default is not MISSING or value is not None:
+        if not is_dataclass(value):
             yield f"{path}{field.name}", value
+        elif not isinstance(value, NETWORKS):
+            yield from leaves(value, f"{path}{field.name}.")
 
 
 def described(config: type) -> dict[str, str]:
@@ -95,8 +96,9 @@ def training_command(name: str) -> Callable[..., None]:
     trained = recipe(name)
     default = trained.config("cpu")
     options_type = plain_options(default)
+    unset = options_type()
 
-    def command(folder, *, out=Path(name), config=None, options=options_type(), settings=(), run=RUN) -> None:
+    def command(folder, *, out=Path(name), config=None, options=unset, settings=(), run=RUN) -> None:
         from minisd.training.data import load_pictures
         from minisd.training.parallel import processes
 
@@ -111,8 +113,7 @@ def training_command(name: str) -> Callable[..., None]:
     command.__doc__ = f"""{RECIPES[name]} The same command resumes an interrupted training.
 
     Args:
-        folder: training images of any size, with captions in .txt files beside them (cat.jpg, cat.txt; one caption a
-            line) where the recipe needs some; or the data set of scripts/build_emoji.py.
+        folder: training images of any size, captions in .txt files of the same name; or the scripts/build_emoji.py set.
         out: output folder: {trained.writes}, training state, logs, sample sheets.
         config: a JSON file of the fields that differ from the defaults.
     """
@@ -120,7 +121,7 @@ def training_command(name: str) -> Callable[..., None]:
         "folder": Path,
         "out": Path,
         "config": Path | None,
-        "options": options_type,
+        "options": Annotated[options_type, PLAIN_GROUP],
         "settings": settings_of(default),
         "run": Carried,
         "return": None,

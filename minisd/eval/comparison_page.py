@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minisd.eval.comparison import CEILING, FLOOR, NO_PRIOR, OTHERS, TRANSFER, Comparison, Scores
+from minisd.eval.comparison import CEILING, FLOOR, NO_PRIOR, OTHERS, TRANSFER, Comparison, Scores, folder_of
 from minisd.eval.intervals import bootstrap, paired_bootstrap
 from minisd.eval.sheets import captioned
 from minisd.tasks.images import load_image
