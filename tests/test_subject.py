@@ -49,7 +49,7 @@ from minisd.training.subject.config import SubjectConfig, prompts_of
 from minisd.training.subject.lora import LoRAConfig, LoRALayer, add_layers
 from minisd.training.subject.method import Method
 from minisd.training.subject.photos import Views, load_photos, near_duplicates
-from minisd.training.subject.prior import drawn_class
+from minisd.training.subject.prior import class_samples
 from minisd.training.subject.recipe import SubjectRecipe
 from minisd.training.subject.validation import best_step
 from minisd.training.weights import copied
@@ -149,7 +149,7 @@ def test_what_is_no_photo_is_left_out_by_name_and_nothing_at_all_is_refused(tmp_
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     with (
         pytest.warns(UserWarning, match=r"left out: .*broken\.png"),
-        pytest.raises(ValueError, match="holds no photos that can be read"),
+        pytest.raises(ValueError, match="holds no images that can be read"),
     ):
         load_photos(tmp_path, 16)
 
@@ -168,16 +168,16 @@ def test_captions_follow_the_prompt_unless_they_name_the_subject():
 
 def test_class_pictures_are_drawn_once_and_taken_up_where_they_were_left(tmp_path):
     sd = model()
-    first = drawn_class(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
+    first = class_samples(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
     (place,) = tmp_path.iterdir()
     assert place.name.startswith("a-dog-")
     (place / "00002.png").unlink()
     kept = (place / "00000.png").stat().st_mtime_ns
-    again = drawn_class(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
+    again = class_samples(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
     assert again.digest == first.digest
     assert (place / "00000.png").stat().st_mtime_ns == kept
     assert first.pixels.shape == (3, 1, 16, 16, 3)
-    assert drawn_class(sd, tmp_path, "dog", replace(PRIOR, weight=0.0), ALONE) is None
+    assert class_samples(sd, tmp_path, "dog", replace(PRIOR, weight=0.0), ALONE) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- loss

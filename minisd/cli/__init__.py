@@ -34,15 +34,15 @@ TRAININGS = {f"training:train_{name}": line for name, line in RECIPES.items()} |
     f"personalise:train_{name}": line for name, line in METHODS.items()
 }
 EVALUATIONS = {
-    "evaluate:eval_mini": "A model trained on the emoji: what it keeps, understands and draws.",
-    "subjects:eval_subjects": "Textual inversion, LoRA and DreamBooth on held-out subjects, beside each other.",
+    "evaluate:eval_mini": "Evaluate a model trained on the emoji: reconstruction, retrieval, samples.",
+    "subjects:eval_subjects": f"Compare {', '.join(name.replace('_', ' ') for name in METHODS)} on held-out subjects.",
 }
 BENCHES = {
     "bench:bench_unet": "Time and memory of one guided step of the U-Net.",
     "bench:bench_vae": "Time and memory of decoding and encoding pictures.",
     "bench:bench_txt2img": "Time and memory of whole pictures, and where a start goes.",
     "bench:bench_load": "Time and memory of loading a checkpoint.",
-    "bench:bench_train": "Time and memory of a training step of each way to learn a subject.",
+    "bench:bench_train": "Time and memory of a training step of each method of teaching a subject.",
     "bench:bench_attention": "Time and error of every form of attention.",
     "bench:bench_all": "All of them.",
 }
@@ -149,8 +149,8 @@ app = _app(
     suppress_keyboard_interrupt=False,
 )
 app.command(_app("plot", "Figures to study diffusion by.", PLOTS, sort_key=100))
-app.command(_app("train", "Teach models, from nothing or a subject.", TRAININGS, sort_key=99))
-app.command(_app("eval", "Measure how good a model is.", EVALUATIONS, sort_key=100))
+app.command(_app("train", "Train models from scratch, or teach one a subject.", TRAININGS, sort_key=99))
+app.command(_app("eval", "Evaluate models.", EVALUATIONS, sort_key=100))
 app.command(_app("bench", "Measure minisd, beside its peers where they are installed.", BENCHES, sort_key=101))
 
 

@@ -228,7 +228,7 @@ def _scorer(sd: StableDiffusion, read: dict[str, Path | None], photos: Path) -> 
     from minisd.eval.subject import SubjectScorer
     from minisd.tasks.images import load_image
     from minisd.text.tokenizer import Tokenizer
-    from minisd.training.subject.photos import photo_paths
+    from minisd.training.folders import image_paths
 
     if read["scorer"]:
         text, vision = (load_network(read["scorer"], name, device=sd.device) for name in ("text", "vision"))
@@ -241,7 +241,7 @@ def _scorer(sd: StableDiffusion, read: dict[str, Path | None], photos: Path) -> 
         return None
     dino = read["dino"] and DINOFeatures.load(read["dino"], device=sd.device)
     real = []
-    for path in photo_paths(read["test_photos"] or photos):
+    for path in image_paths(read["test_photos"] or photos):
         with contextlib.suppress(ValueError):  # load_photos names what cannot be read
             real.append(load_image(path))
     scorer = SubjectScorer(clip, real, dino)
@@ -256,9 +256,9 @@ def _path(text: str | None) -> Path | None:
 
 def _hashes(photos: Path, checkpoint: Path) -> dict[str, str]:
     from minisd.provenance.files import fingerprint, sha256
-    from minisd.training.subject.photos import photo_paths
+    from minisd.training.folders import image_paths
 
-    return {"checkpoint": fingerprint(checkpoint)} | {path.name: sha256(path) for path in photo_paths(photos)}
+    return {"checkpoint": fingerprint(checkpoint)} | {path.name: sha256(path) for path in image_paths(photos)}
 
 
 def _versions() -> dict[str, str]:

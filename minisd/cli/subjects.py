@@ -20,17 +20,17 @@ def eval_subjects(
     train_steps: int | None = None,
     model: Model = Model(),
 ) -> None:
-    """Teach a model held-out subjects by every method, and score them: a table, and a sheet to look at.
+    """Compare the methods of `minisd train` on held-out subjects: a table of scores and a contact sheet.
 
     The same command goes on where it was stopped; what is finished is only read.
 
     Args:
-        subject: folders of --data, each with train/ and test/, and masks/train/, masks/test/ and other/ if there are
-            some; five of them when left out.
-        data: the folder of the subjects, with a subjects.json that names their classes.
-        out: gets subjects.md, subjects.json, subjects.png, and a folder for each subject and method.
+        subject: subjects to learn: folders of --data with train/ and test/, and masks/train/, masks/test/, other/ where
+            there are some [five of them].
+        data: folder of the subjects, with a subjects.json that names their classes.
+        out: output folder: subjects.md, subjects.json, subjects.png, and a folder per subject and method.
         all: all subjects of the folder; about four times as long.
-        train_steps: of every training, in place of some hundreds: to try it out.
+        train_steps: training steps of every method, to try it out [the small-model presets].
     """
     file = data / "subjects.json"
     if not file.is_file():

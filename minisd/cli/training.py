@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, make_dataclass
 from functools import reduce
@@ -23,7 +24,8 @@ Carried = Annotated[TrainingRun, Parameter(name="*", group=Group("Run", sort_key
 NETWORKS = (UNetConfig, VAEConfig, CLIPTextConfig, CLIPVisionConfig, ModelConfig)  # listed by `minisd inspect`
 LISTED = {"consume_multiple": True, "negative": ()}
 
-PLAIN_GROUP = Parameter(name="*", group=Group("Training", sort_key=1))
+TRAINING = Group("Training", sort_key=1)
+PLAIN_GROUP = Parameter(name="*", group=TRAINING)
 
 # Options of their own, and the field of a config that each sets, where the config has it. --set reaches the others.
 PLAIN = {
@@ -35,6 +37,7 @@ PLAIN = {
     "seed": "loop.seed",
     "start_from": "start",
 }
+OWN = {*PLAIN.values(), "subject.token", "subject.class_word"}  # fields that --set need not list
 
 
 def plain_options(default: Any, small: Any = None) -> type:
@@ -46,13 +49,14 @@ def plain_options(default: Any, small: Any = None) -> type:
     for name, path in PLAIN.items():
         *parents, field = path.split(".")
         try:
-            owner, of_small = (reduce(getattr, parents, c) for c in (default, small or default))
-            value, value_of_small = getattr(owner, field), getattr(of_small, field)
+            owner, owner_of_small = (reduce(getattr, parents, c) for c in (default, small or default))
+            value, value_of_small = getattr(owner, field), getattr(owner_of_small, field)
         except AttributeError:
             continue
         text = described(type(owner))[field]
         if value is not None and value != ():
-            text += f" [{value}]" if value == value_of_small else f" [{value}; a small model: {value_of_small}]"
+            of_small = "" if value == value_of_small else f"; small models {value_of_small}"
+            text = f"{text.rstrip('.')} [{value}{of_small}]"
         parameter = Parameter(help=text, **(LISTED if isinstance(value, tuple) else {}))
         options.append((name, Annotated[get_type_hints(type(owner))[field] | None, parameter], None))
     return make_dataclass("PlainOptions", options, frozen=True, namespace={"__module__": __name__})
@@ -71,9 +75,9 @@ def plain_changes(options: Any) -> dict:
 
 def settings_of(default: Any) -> Any:
     """The annotation of --set: its help lists the other fields with their defaults, networks left out."""
-    others = [f"{path}={value}" for path, value in leaves(default) if path not in PLAIN.values()]
-    text = f"any other field of the config; several may follow. Defaults: {', '.join(others)}"
-    return Annotated[list[str], Parameter(name="--set", help=text, **LISTED)]
+    others = [f"{path}={json.dumps(value)}" for path, value in leaves(default) if path not in OWN]
+    text = f"FIELD=VALUE, any other field of the config; several may follow. Defaults: {' '.join(others)}"
+    return Annotated[list[str], Parameter(name="--set", help=text, group=TRAINING, **LISTED)]
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

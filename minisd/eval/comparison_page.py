@@ -11,7 +11,7 @@ from minisd.eval.comparison import CEILING, FLOOR, NO_PRIOR, OTHERS, TRANSFER, C
 from minisd.eval.intervals import bootstrap, paired_bootstrap
 from minisd.eval.sheets import captioned
 from minisd.tasks.images import load_image
-from minisd.training.subject.photos import photo_paths
+from minisd.training.folders import image_paths
 
 COLUMNS = {
     "CLIP-I": "higher",
@@ -93,7 +93,7 @@ def contact_sheet(out: Path, subjects: Mapping[str, Path], found: Mapping[str, M
     images, texts = [], []
     for subject, folder in subjects.items():
         drawn = {row: folder_of(out / subject, row) / "first.png" for row in rows if row in found[subject]}
-        for text, path in {subject: photo_paths(folder / "train")[0], **{row: drawn.get(row) for row in rows}}.items():
+        for text, path in {subject: image_paths(folder / "train")[0], **{row: drawn.get(row) for row in rows}}.items():
             image = Image.new("RGB", images[0].size, "white") if path is None else load_image(path).convert("RGB")
             images.append(image if not images else image.resize(images[0].size))
             texts.append(text)

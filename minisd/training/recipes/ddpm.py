@@ -42,12 +42,12 @@ class DDPMConfig:
     """The network and how it learns.
 
     Attributes:
-        size: the side of the pictures.
+        size: image resolution (side in pixels); images are center-cropped and resized.
         unet: the network; without words its context is one empty token.
-        schedule: of the noise; linear (1e-4 to 0.02, the paper's) or cosine.
-        learned_variance: predict variances, too, by the hybrid loss of Nichol & Dhariwal 2021.
+        schedule: the noise schedule: linear (1e-4 to 0.02, the paper's) or cosine.
+        learned_variance: learn the variance, too, by the hybrid loss of Nichol & Dhariwal 2021.
         loop: the training loop.
-        augmentation: how pictures are varied.
+        augmentation: data augmentation.
     """
 
     size: int = 32

@@ -40,13 +40,13 @@ class LatentDiffusionConfig:
     """The U-Net and how it learns.
 
     Attributes:
-        model: the whole model; its VAE and text encoder are trained already and stay as they are.
+        model: the whole model; its VAE and text encoder are frozen.
         loop: the training loop.
-        caption_dropout: share of pictures shown with the empty caption, which guidance needs.
-        min_snr: γ of min-SNR weighting (the paper's is 5); null weighs all times alike.
-        gradient_checkpointing: a third more work, much less memory.
+        caption_dropout: share of images trained with the empty caption, which classifier-free guidance needs.
+        min_snr: γ of min-SNR loss weighting (the paper's is 5); null weighs all times alike.
+        gradient_checkpointing: a third more computation, much less memory; results are the same.
         prompts: of the sample sheets; none are drawn when empty.
-        guidance_scale: of the sample sheets.
+        guidance_scale: classifier-free guidance (CFG) scale of the sample sheets.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -41,8 +41,8 @@ class MiniConfig:
         clip: the text and the vision tower.
         unet: the U-Net. Its model's vae, text and vision are filled in with those trained before it.
         half: whether the weights are saved in float16.
-        start: files of other trainings, vae.safetensors, clip.safetensors or whole models: a VAE and a CLIP in them are
-            taken as they are instead of trained, a U-Net learns on from there.
+        start: checkpoints to start from (vae.safetensors, clip.safetensors, whole models): a VAE and a CLIP in them are
+            used as they are, a U-Net is fine-tuned.
     """
 
     vae: VAERecipeConfig = field(default_factory=VAERecipeConfig)

@@ -14,11 +14,11 @@ class Validation:
     """What is drawn, and scored where scores are given, while a subject is learnt. Nothing here changes a step.
 
     Attributes:
-        prompts: {} stands for the subject.
-        seeds: pictures of each prompt, always of the same seeds.
-        steps: of the sampler.
-        guidance_scale: how much the prompt counts.
-        best: end with the weights of the best scores, not with the last.
+        prompts: {} is the subject.
+        seeds: images per prompt, always of the same seeds.
+        steps: sampling steps.
+        guidance_scale: classifier-free guidance (CFG) scale.
+        best: keep the weights of the best scores instead of the last ones.
     """
 
     prompts: tuple[str, ...] = ("a {}", "a {} in the snow", "a red {}", "a drawing of a {}")
@@ -40,15 +40,15 @@ class SubjectConfig:
     """The subject in words, and what its photos are to the loss.
 
     Attributes:
-        token: the word that shall mean the subject: a rare one of CLIP's, or a placeholder for Textual Inversion.
-        class_word: what the subject is one of, such as dog.
-        prompts: what is said of a photo; {} is the subject. A photo's captions are added to each of
-            them; or taken as they are where they name the token, or hold {} themselves.
-        views: how photos are cropped and mirrored.
-        background: the weight of the error outside masks, 1 inside; for photos with masks.
-        min_snr: γ of min-SNR weighting (the paper's is 5); null weighs all times alike.
-        gradient_checkpointing: a third more work, much less memory.
-        validation: what is drawn on the way.
+        token: instance token: a rare word of CLIP's, or a new word for Textual Inversion.
+        class_word: class of the subject, such as dog.
+        prompts: prompt templates of the photos, {} is the subject. A photo's captions are added to each; those that
+            name the token, or hold {} themselves, replace the templates.
+        views: cropping and flipping.
+        background: loss weight outside masks, 1 inside; for photos with masks.
+        min_snr: γ of min-SNR loss weighting (the paper's is 5); null weighs all times alike.
+        gradient_checkpointing: a third more computation, much less memory; results are the same.
+        validation: sample images on the way.
     """
 
     token: str

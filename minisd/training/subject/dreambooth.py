@@ -35,8 +35,8 @@ class DreamBoothConfig:
         subject: the subject in words.
         prior: prior preservation.
         loop: the training loop. Without prior preservation fewer steps, 400 or so, are enough.
-        text_encoder: whether it learns, too: closer to the subject, and farther from other prompts.
-        dtype: of the weights in the file.
+        text_encoder: train the text encoder, too: closer to the subject, and farther from other prompts.
+        dtype: of the saved weights.
     """
 
     subject: SubjectConfig

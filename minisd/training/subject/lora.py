@@ -38,11 +38,11 @@ class LoRAConfig:
         subject: the subject in words.
         prior: prior preservation.
         loop: the training loop.
-        rank: of the additions; more hold more detail.
-        alpha: they are scaled by alpha/rank; the rank itself when null.
-        unet: patterns of the layers that get one: names of its linear layers and convolutions, * for any part. Others
-            of use: *.ff.* (feed-forward), *.attn.proj_* (round the transformers), *.conv* (convolutions).
-        text: likewise of the text encoder, such as *.attn.to_*; none when empty.
+        rank: LoRA rank (network dim); a higher one learns more detail and makes a larger file.
+        alpha: LoRA alpha: the update is scaled by alpha/rank; null takes the rank.
+        unet: target modules in the U-Net: patterns of the names of its linear layers and convolutions. Others of use:
+            *.ff.* (feed-forward), *.attn.proj_* (round the transformers), *.conv* (convolutions).
+        text: target modules in the text encoder, such as *.attn.to_*; none when empty.
     """
 
     subject: SubjectConfig

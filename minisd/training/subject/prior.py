@@ -25,11 +25,11 @@ class PriorConfig:
     """The pictures of the class, and how much they count.
 
     Attributes:
-        weight: λ, of the loss over them beside that over the subject; 0 for no prior preservation.
-        count: how many are drawn.
-        prompt: of all of them; {} is the class word.
-        seed: of the first; they count up.
-        settings: how they are drawn.
+        weight: prior loss weight λ, relative to the loss on the subject; 0 turns prior preservation off.
+        count: number of generated class images (regularization images).
+        prompt: of the class images; {} is the class word.
+        seed: of the first class image; they count up.
+        settings: how they are sampled.
     """
 
     weight: float = 1.0

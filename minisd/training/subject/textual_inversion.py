@@ -36,8 +36,8 @@ class TextualInversionConfig:
     Attributes:
         subject: the subject in words; its token is the new word, such as <my-dog>.
         loop: the training loop.
-        vectors: rows of the token embedding that the word has, 1 to 16: more hold more detail, and heed prompts less.
-        initial: words whose vectors it starts from, repeated where they are fewer; the class word when empty.
+        vectors: vectors per token, 1 to 16: more learn more detail, and follow prompts less.
+        initial: initializer words, whose vectors it starts from; the class word when empty.
     """
 
     subject: SubjectConfig
