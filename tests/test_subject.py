@@ -45,6 +45,7 @@ from minisd.training.draws import Draws
 from minisd.training.options import TrainingRun
 from minisd.training.parallel import ALONE
 from minisd.training.progress import read_log
+from minisd.training.subject import METHODS, method
 from minisd.training.subject.config import SubjectConfig, prompts_of
 from minisd.training.subject.lora import LoRAConfig, LoRALayer, add_layers
 from minisd.training.subject.method import Method
@@ -617,6 +618,37 @@ def test_one_file_says_how_a_subject_was_learnt_and_runs_it_again(folder, capsys
     picture(folder / "cat" / "b.png", seed=2)
     assert main(["train", "lora", "--config", "first/lora.json", "--out", "other", "--quiet"]) == 0
     assert "note: b.png is not what it was in first/lora.json" in capsys.readouterr().err
+
+
+def test_plain_options_are_fields_and_set_has_the_last_word(folder):
+    start = ["train", "lora", "cat", "--class", "cat", "--checkpoint", "tiny.safetensors", "--quiet"]
+    plain = ["--steps", "9", "--rank", "3", "--lr", "0.5", "--batch-size", "2", "--seed", "5"]
+    assert main([*start, *plain, "--set", *QUICK, "prior.weight=0"]) == 0
+    config = json.loads((folder / "lora" / "lora.json").read_text())["config"]
+    assert (config["rank"], config["loop"]["steps"], config["loop"]["lr"]) == (3, 2, 0.5)
+    assert (config["loop"]["batch_size"], config["loop"]["seed"]) == (2, 5)
+
+
+def test_a_run_that_was_written_under_the_old_names_of_fields_is_run_again(folder):
+    start = ["train", "lora", "cat", "--class", "cat", "--checkpoint", "tiny.safetensors", "--quiet"]
+    assert main([*start, "--out", "first", "--set", *QUICK, "prior.weight=0"]) == 0
+    record = json.loads((folder / "first" / "lora.json").read_text())
+    record["config"]["loop"]["accumulate"] = record["config"]["loop"].pop("gradient_accumulation")
+    record["config"]["subject"]["recompute"] = record["config"]["subject"].pop("gradient_checkpointing")
+    (folder / "first" / "lora.json").write_text(json.dumps(record))
+    assert main(["train", "lora", "--config", "first/lora.json", "--out", "again", "--quiet"]) == 0
+    assert (folder / "again" / "lora.safetensors").read_bytes() == (folder / "first" / "lora.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_command_and_has_a_preset_for_small_models(name, capsys):
+    taught = method(name)
+    config = taught.config(SubjectConfig("sks", "cat"))
+    assert type(config.for_small_model()) is taught.config
+    assert main(["train", taught.command, "--help"]) == 0
+    assert f"[{config.loop.steps}; small models {config.for_small_model().loop.steps}]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unknown method 'loha'; known: textual-inversion, lora, dreambooth"):
+        method("loha")
 
 
 @pytest.mark.parametrize(

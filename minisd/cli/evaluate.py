@@ -97,10 +97,10 @@ def _loaded(model: Model) -> dict[str, str]:
     from minisd.provenance.files import sha256
 
     names = ("weights", "prediction", "vae", "dtype", "device")
-    usual, given = asdict(Model()), {name: getattr(model, name) for name in names}
+    usual, values = asdict(Model()), {name: getattr(model, name) for name in names}
     files = [(f"{path.name} ({weight:g})", path) for path, weight in model.loras()]
     files += [(path.name, path) for path, _ in model.embeddings()]
-    return {name: str(value) for name, value in given.items() if value != usual[name]} | {
+    return {name: str(value) for name, value in values.items() if value != usual[name]} | {
         f"with {name}": sha256(path) for name, path in files
     }
 

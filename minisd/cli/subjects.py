@@ -54,18 +54,18 @@ def eval_subjects(
     plan = Comparison(precision="bfloat16" if quick else "float32", train_steps=train_steps)
     clip = CLIPFeatures.of(sd)
     run = TrainingRun(device=model.device, save_every=100, log_every=20, sample_every=0)
-    found = {}
+    scores_of = {}
     for number, name in enumerate(chosen):
         print(f"{name} ({number + 1} of {len(chosen)})", file=sys.stderr)
-        found[name] = compare(
+        scores_of[name] = compare(
             sd, data / name, known[name]["class"], out / name, plan, partial(SubjectScorer, clip), run
         )
-    seconds = [scores.get(SECONDS, float("nan")) for rows in found.values() for scores in rows.values()]
+    seconds = [scores.get(SECONDS, float("nan")) for rows in scores_of.values() for scores in rows.values()]
     facts = machine(sd.device) | {"minutes, of all rows": round(sum(seconds) / 60, 1), "feature space": clip.name}
     about = [*(f"{key}: {value}" for key, value in facts.items()), *notes(plan)]
-    page = "\n".join([table(found), *(f"- {line}" for line in about), ""])
-    sheet = contact_sheet(out, {name: data / name for name in chosen}, found)
-    text = json.dumps({**facts, "scores": found}, indent=1, ensure_ascii=False) + "\n"
+    page = "\n".join([table(scores_of), *(f"- {line}" for line in about), ""])
+    sheet = contact_sheet(out, {name: data / name for name in chosen}, scores_of)
+    text = json.dumps({**facts, "scores": scores_of}, indent=1, ensure_ascii=False) + "\n"
     write_whole(out / "subjects.md", lambda file: file.write(page.encode()))
     write_whole(out / "subjects.json", lambda file: file.write(text.encode()))
     write_whole(out / "subjects.png", lambda file: sheet.save(file, "PNG", optimize=True))

@@ -64,9 +64,9 @@ def plain_options(default: Any, small: Any = None) -> type:
 
 def plain_changes(options: Any) -> dict:
     """What was given, as changes of a config."""
-    given = {PLAIN[f.name]: getattr(options, f.name) for f in fields(options)}
+    values = {PLAIN[f.name]: getattr(options, f.name) for f in fields(options)}
     changes: dict = {}
-    for path, value in given.items():
+    for path, value in values.items():
         if value is not None:
             *parents, field = path.split(".")
             reduce(lambda level, name: level.setdefault(name, {}), parents, changes)[field] = value

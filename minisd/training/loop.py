@@ -106,9 +106,9 @@ def train(
 
             values: dict[str, Tensor] = {}
             for part in range(config.gradient_accumulation):
-                found = losses(step, part)
-                (found["loss"] / config.gradient_accumulation).backward()
-                for name, value in found.items():
+                scalars = losses(step, part)
+                (scalars["loss"] / config.gradient_accumulation).backward()
+                for name, value in scalars.items():
                     values[name] = values.get(name, 0) + value.detach().float() / config.gradient_accumulation
 
             group.average_([p.grad for p in networks.parameters() if p.grad is not None])
@@ -177,10 +177,10 @@ def _culprit(recipe: Recipe, again: list[Callable[[], dict]]) -> str:
             return f"the layer {layer}"
     recipe.networks.zero_grad()
     for run in again:
-        found = run()
-        if not found["loss"].isfinite():
+        scalars = run()
+        if not scalars["loss"].isfinite():
             return "the loss itself: every layer's output is finite"
-        found["loss"].backward()
+        scalars["loss"].backward()
     bad = [n for n, p in recipe.networks.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     # the backward pass runs from the last layer to the first
     return f"the gradient of {bad[-1]}" if bad else "what another process computed"

@@ -50,8 +50,8 @@ class LoopConfig:
 
     def __post_init__(self):
         if self.steps < 1 or not self.lr > 0 or not self.clip > 0 or not (self.muon is None or self.muon > 0):
-            said = f"steps={self.steps}, lr={self.lr}, muon={self.muon}, clip={self.clip}"
-            raise ValueError(f"{said}: all of them are above 0")
+            values = f"steps={self.steps}, lr={self.lr}, muon={self.muon}, clip={self.clip}"
+            raise ValueError(f"{values}: all of them are above 0")
         if self.cycles < 1 or self.steps % self.cycles:
             raise ValueError(f"{self.steps} steps in {self.cycles} cycles: the steps must divide into equal ones")
 

@@ -164,14 +164,14 @@ def networks_in(paths: Sequence[str | os.PathLike], model: ModelConfig) -> tuple
         if len({"text", "vision"}.intersection(held)) == 1:
             raise ValueError(f"{path} holds half of a CLIP: text encoder and vision tower are taken over together")
         if "unet" in held:
-            said = opened.config
-            if said is None:
+            stored = opened.config
+            if stored is None:
                 raise ValueError(
                     f"{path} does not say how its U-Net was trained, as the files of minisd's trainings do"
                 )
             learnt, asked = (
                 {"unet": asdict(c.unet), "prediction": c.prediction, "schedule": asdict(c.schedule)}
-                for c in (said, model)
+                for c in (stored, model)
             )
             if other := differing(learnt, asked):
                 raise ValueError(f"{path}: the U-Net to start from is another than the plan's: {'; '.join(other)}")
