@@ -45,7 +45,7 @@ from minisd.training.draws import Draws
 from minisd.training.options import TrainingRun
 from minisd.training.parallel import ALONE
 from minisd.training.progress import read_log
-from minisd.training.subject import METHODS, method
+from minisd.training.subject import METHODS, load_method
 from minisd.training.subject.config import SubjectConfig, prompts_of
 from minisd.training.subject.lora import LoRAConfig, LoRALayer, add_layers
 from minisd.training.subject.method import Method
@@ -642,13 +642,13 @@ def test_a_run_that_was_written_under_the_old_names_of_fields_is_run_again(folde
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_a_command_and_has_a_preset_for_small_models(name, capsys):
-    taught = method(name)
+    taught = load_method(name)
     config = taught.config(SubjectConfig("sks", "cat"))
     assert type(config.for_small_model()) is taught.config
     assert main(["train", taught.command, "--help"]) == 0
     assert f"[{config.loop.steps}; small models {config.for_small_model().loop.steps}]" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unknown method 'loha'; known: textual-inversion, lora, dreambooth"):
-        method("loha")
+        load_method("loha")
 
 
 @pytest.mark.parametrize(

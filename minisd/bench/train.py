@@ -23,7 +23,7 @@ from minisd.bench.report import Report
 from minisd.bench.unet import Step
 from minisd.bench.weights import write_random_folder
 from minisd.config import SD1, ModelConfig
-from minisd.training.subject import METHODS, method
+from minisd.training.subject import METHODS, load_method
 
 TOKEN, PLACEHOLDER, CLASS, RANK = "sks", "<sks>", "dog", 8
 
@@ -101,7 +101,7 @@ def minisd(folder: Path, case: Training) -> Run:
     from minisd.training.subject.photos import Photos
 
     sd = load(folder, device=case.device)
-    taught = method(case.method)
+    taught = load_method(case.method)
     loop = LoopConfig(batch_size=case.batch, precision=case.dtype, ema=None)
     subject = SubjectConfig(taught.token or PLACEHOLDER, CLASS, gradient_checkpointing=case.gradient_checkpointing)
     # the photo itself is not learnt from: the latents are those of the case, for every contender
@@ -177,7 +177,7 @@ def bench_train(
     if options.dtype == "float16":
         raise ValueError("float16 is no precision to train in here: give bfloat16 or float32")
     found = [
-        Training(config, method(name).command, size, batch, options.dtype, options.device, gradient_checkpointing)
+        Training(config, load_method(name).command, size, batch, options.dtype, options.device, gradient_checkpointing)
         for name, (size, batch) in product(methods, list(options.cases(config)))
     ]
     programs = chosen(CONTENDERS, options.peers)

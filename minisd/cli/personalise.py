@@ -19,7 +19,7 @@ from minisd import __version__
 from minisd.cli.options import Model
 from minisd.cli.training import PLAIN_GROUP, plain_changes, plain_options, settings_of
 from minisd.training.options import TrainingRun, changed, read_changes, renamed
-from minisd.training.subject import METHODS, method
+from minisd.training.subject import METHODS, load_method
 
 if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
@@ -67,7 +67,7 @@ def subject_command(name: str) -> Callable[..., None]:
     """`minisd train NAME`."""
     from minisd.training.subject.config import SubjectConfig
 
-    taught = method(name)
+    taught = load_method(name)
     default = taught.config(SubjectConfig("TOKEN", "CLASS"))
     options_type = plain_options(default, default.for_small_model())
     unset = options_type()

@@ -18,7 +18,7 @@ from docstring_parser import parse
 from minisd.cli.options import Model
 from minisd.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, UNetConfig, VAEConfig
 from minisd.training.options import RUN, TrainingRun, changed, read_changes
-from minisd.training.recipes import RECIPES, recipe
+from minisd.training.recipes import RECIPES, load_recipe
 
 Carried = Annotated[TrainingRun, Parameter(name="*", group=Group("Run", sort_key=2))]
 NETWORKS = (UNetConfig, VAEConfig, CLIPTextConfig, CLIPVisionConfig, ModelConfig)  # listed by `minisd inspect`
@@ -97,7 +97,7 @@ def described(config: type) -> dict[str, str]:
 
 def training_command(name: str) -> Callable[..., None]:
     """`minisd train NAME`."""
-    trained = recipe(name)
+    trained = load_recipe(name)
     default = trained.config("cpu")
     options_type = plain_options(default)
     unset = options_type()

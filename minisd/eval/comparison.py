@@ -28,7 +28,7 @@ from minisd.provenance.files import write_whole
 from minisd.training.captions import with_article
 from minisd.training.options import TrainingRun
 from minisd.training.parallel import Processes
-from minisd.training.subject import METHODS, method
+from minisd.training.subject import METHODS, load_method
 from minisd.training.subject.config import SubjectConfig, Validation
 from minisd.training.subject.method import Method
 from minisd.training.subject.photos import Photos, load_photos
@@ -82,8 +82,8 @@ class Comparison:
 
     def lessons(self) -> tuple[Lesson, ...]:
         """The rows, by the presets for a small model. Steps and rates were chosen on the duck and the alarm clock."""
-        lessons = [Lesson(one.name, one, partial(self._config, one)) for one in map(method, METHODS)]
-        dreambooth = method("dreambooth")
+        lessons = [Lesson(one.name, one, partial(self._config, one)) for one in map(load_method, METHODS)]
+        dreambooth = load_method("dreambooth")
         return (*lessons, Lesson(NO_PRIOR, dreambooth, partial(self._config, dreambooth, prior_weight=0.0)))
 
     def _config(self, method: Method, class_word: str, *, prior_weight: float = 1.0) -> Any:

@@ -31,5 +31,5 @@ class TrainingRecipe:
     writes: str
 
 
-def recipe(name: str) -> TrainingRecipe:
+def load_recipe(name: str) -> TrainingRecipe:
     return import_module(f"minisd.training.recipes.{name}").RECIPE

@@ -128,7 +128,7 @@ class VAERecipe:
     def _moved(self, image: Tensor, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Both as they are or, for the share of steps, shrunk to a quarter at the least and turned by right angles.
 
-        Never to less than the discriminator can judge.
+        Never to less than the discriminator needs.
         """
         chance = generator("equivariance", self.config.loop.seed, step)
         if torch.rand((), generator=chance) >= self.config.equivariance:

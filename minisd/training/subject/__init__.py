@@ -16,7 +16,7 @@ METHODS = {
 }
 
 
-def method(name: str) -> Method:
+def load_method(name: str) -> Method:
     """The method of this name, such as "lora" or "textual-inversion". ValueError, with the known names, for another."""
     if (file := name.replace("-", "_")) not in METHODS:
         known = ", ".join(name.replace("_", "-") for name in METHODS)
