@@ -641,7 +641,8 @@ def test_a_run_that_was_written_under_the_old_names_of_fields_is_run_again(folde
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_a_command_and_has_a_preset_for_small_models(name, capsys):
+def test_every_method_is_a_command_and_has_a_preset_for_small_models(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     taught = load_method(name)
     config = taught.config(SubjectConfig("sks", "cat"))
     assert type(config.for_small_model()) is taught.config

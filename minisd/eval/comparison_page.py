@@ -67,7 +67,7 @@ def rows_of(found: Mapping[str, Mapping[str, Scores]]) -> list[str]:
 
 def notes(plan: Comparison) -> list[str]:
     """What the table's words mean."""
-    loops = {method.name: method.config("thing").loop for method in plan.methods()}
+    loops = {method.name: method.config("thing").loop for method in plan.lessons()}
     steps = ", ".join(f"{name} {loop.steps} × {loop.batch_size} at {loop.lr:g}" for name, loop in loops.items())
     prompts = ", ".join(f'"{prompt.replace("{}", "thing")}"' for prompt in plan.prompts)
     return [
