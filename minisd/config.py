@@ -257,13 +257,7 @@ class ModelConfig:
         """The inverse of to_json. ValueError for unknown or ill-typed fields: a typo must not pass for a default."""
         values = json.loads(text)
         config = from_dict(cls, values)
-        if "task" in values:
-            return config
-        # a file that minisd wrote before configs named their task: then the U-Net's inputs told
-        inputs = (config.unet.in_channels - config.vae.latent_channels, config.unet.num_classes is not None)
-        older = {(5, False): "inpainting", (1, False): "depth-to-image", (4, False): "pix2pix", (3, True): "upscaling"}
-        vector = "image-variation" if config.unet.vector_dim is not None else "text-to-image"
-        return replace(config, task=older.get(inputs, vector))
+        return config if "task" in values else replace(config, task=task_of_shapes(config.unet, config.vae))
 
 
 TASK_INPUTS: dict[Task, str] = {
@@ -274,6 +268,14 @@ TASK_INPUTS: dict[Task, str] = {
     "upscaling": "concat: the noised low-resolution RGB image; y: its noise level",
     "image-variation": "y: a CLIP image embedding and the embedding of its noise level",
 }
+
+
+def task_of_shapes(unet: UNetConfig, vae: VAEConfig) -> Task:
+    """For files that do not say their task: those of unofficial shapes, and minisd's own of before configs had it."""
+    if unet.vector_dim is not None:
+        return "image-variation"
+    further: dict[int, Task] = {5: "inpainting", 1: "depth-to-image", 4: "pix2pix", 3: "upscaling"}
+    return further.get(unet.in_channels - vae.latent_channels, "text-to-image")
 
 
 def from_dict(cls: Any, values: Any) -> Any:

@@ -17,15 +17,16 @@ from training_tiny import MODEL
 
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
-from minisd.training.options import LoopConfig, Run
+from minisd.training.options import LoopConfig, TrainingRun
+from minisd.training.subject.config import SubjectConfig, Validation
 from minisd.training.subject.dreambooth import DreamBoothConfig, train_dreambooth
 from minisd.training.subject.lora import LoRAConfig, train_lora
 from minisd.training.subject.photos import Photos
 from minisd.training.subject.prior import PriorConfig
-from minisd.training.subject.recipe import SubjectConfig, SubjectRecipe, Validation
+from minisd.training.subject.recipe import SubjectRecipe
 from minisd.training.subject.textual_inversion import TextualInversionConfig, train_textual_inversion
 
-RUN = Run(save_every=2, log_every=1, sample_every=3, quiet=True)
+RUN = TrainingRun(save_every=2, log_every=1, sample_every=3, quiet=True)
 LOOP = LoopConfig(steps=5, batch_size=2, lr=1e-3, warmup=0, ema=None)
 VALIDATION = Validation(prompts=("a {}",), seeds=2, steps=1, guidance_scale=1.0)
 SUBJECT = SubjectConfig("sks", "dog", validation=VALIDATION)

@@ -25,7 +25,7 @@ from minisd.eval.frechet import frechet_distance
 from minisd.eval.intervals import bootstrap, paired_bootstrap
 from minisd.eval.reconstruction import psnr, quantized, ssim
 from minisd.eval.retrieval import chance, found, ranks, thumbnails
-from minisd.eval.subject import SubjectJudge, diversity_of
+from minisd.eval.subject import SubjectScorer, diversity_of
 from minisd.family import dino
 from minisd.models.clip import CLIPText, CLIPVision
 from minisd.tasks.images import to_pil, to_tensor
@@ -304,7 +304,7 @@ def test_features_do_not_depend_on_the_batch_nor_on_how_pictures_are_given(clip)
 def test_fidelity_scores_are_the_mean_cosines_of_the_paper(clip, official_dino):
     real, images, prompts = pictures(3, seed=1), pictures(4, seed=2), ["a cat", "a cat", "a red cat", "a cat"]
     seen = DINOFeatures(dino.from_official(official_dino.state_dict()))
-    scores = SubjectJudge(clip, real, seen).scores(images, prompts, class_images=pictures(2, seed=3))
+    scores = SubjectScorer(clip, real, seen).scores(images, prompts, class_images=pictures(2, seed=3))
     i, r, d, dr, t = clip.images(images), clip.images(real), seen.images(images), seen.images(real), clip.texts(prompts)
     assert scores.keys() == {"CLIP-I", "DINO", "CLIP-T", "PRES", "DIV"}
     mean = lambda a, b: np.mean([torch.cosine_similarity(x, y, dim=0).item() for x in a for y in b])  # noqa: E731
@@ -317,7 +317,7 @@ def test_fidelity_scores_are_the_mean_cosines_of_the_paper(clip, official_dino):
 
 
 def test_without_dino_its_score_is_missing_and_the_spaces_say_where_the_others_are_measured(clip):
-    judge = SubjectJudge(clip, pictures(2))
+    judge = SubjectScorer(clip, pictures(2))
     scores = judge.scores(pictures(2, seed=1), "a cat")
     assert scores.keys() == {"CLIP-I", "CLIP-T", "DIV"}
     assert judge.spaces == dict.fromkeys(["CLIP-I", "CLIP-T", "PRES", "DIV"], clip.name)
@@ -325,14 +325,14 @@ def test_without_dino_its_score_is_missing_and_the_spaces_say_where_the_others_a
 
 def test_the_subject_itself_scores_1_and_one_picture_again_and_again_has_no_diversity(clip):
     same = pictures(1).repeat(3, 1, 1, 1)
-    scores = SubjectJudge(clip, same).scores(same, "a cat", class_images=same)
+    scores = SubjectScorer(clip, same).scores(same, "a cat", class_images=same)
     assert scores["CLIP-I"] == pytest.approx(1, abs=1e-5)
     assert scores["PRES"] == pytest.approx(1, abs=1e-5)
     assert scores["DIV"] == pytest.approx(0, abs=1e-5)
 
 
 def test_scores_of_each_picture_average_to_the_scores(clip):
-    judge, images = SubjectJudge(clip, pictures(3)), pictures(4, seed=1)
+    judge, images = SubjectScorer(clip, pictures(3)), pictures(4, seed=1)
     scores = judge.scores(images, "a cat")
     for name, values in judge.each(images, "a cat").items():
         assert values.shape == (4,)
@@ -347,9 +347,9 @@ def test_diversity_needs_two_pictures_of_a_prompt():
 
 def test_judges_refuse_what_they_cannot_compare(clip):
     with pytest.raises(ValueError, match="no pictures to look at"):
-        SubjectJudge(clip, [])
+        SubjectScorer(clip, [])
     with pytest.raises(ValueError, match="2 pictures and 3 prompts"):
-        SubjectJudge(clip, pictures(1)).scores(pictures(2), ["a", "b", "c"])
+        SubjectScorer(clip, pictures(1)).scores(pictures(2), ["a", "b", "c"])
     with pytest.raises(ValueError, match="share no space: projection_dim is 8 and None"):
         CLIPFeatures(CLIPText(MODEL.text), CLIPVision(replace(MODEL.vision, projection_dim=None)), Tokenizer())
 

@@ -37,19 +37,22 @@ from minisd.eval.comparison import (
 )
 from minisd.eval.comparison_page import contact_sheet, table
 from minisd.eval.features import CLIPFeatures
-from minisd.eval.subject import SubjectJudge
+from minisd.eval.subject import SubjectScorer
 from minisd.models.unet import Conditioning
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
 from minisd.training.draws import Draws
-from minisd.training.options import Run
+from minisd.training.options import TrainingRun
 from minisd.training.parallel import ALONE
 from minisd.training.progress import read_log
+from minisd.training.subject import METHODS, load_method
+from minisd.training.subject.config import SubjectConfig, prompts_of
 from minisd.training.subject.lora import LoRAConfig, LoRALayer, add_layers
+from minisd.training.subject.method import Method
 from minisd.training.subject.photos import Views, load_photos, near_duplicates
-from minisd.training.subject.prior import drawn_class
-from minisd.training.subject.recipe import SubjectConfig, SubjectRecipe, best_step, prompts_of
-from minisd.training.subject.small import for_small_model
+from minisd.training.subject.prior import class_samples
+from minisd.training.subject.recipe import SubjectRecipe
+from minisd.training.subject.validation import best_step
 from minisd.training.weights import copied
 
 HERE = Path(__file__).parent
@@ -147,7 +150,7 @@ def test_what_is_no_photo_is_left_out_by_name_and_nothing_at_all_is_refused(tmp_
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     with (
         pytest.warns(UserWarning, match=r"left out: .*broken\.png"),
-        pytest.raises(ValueError, match="holds no photos that can be read"),
+        pytest.raises(ValueError, match="holds no images that can be read"),
     ):
         load_photos(tmp_path, 16)
 
@@ -166,16 +169,16 @@ def test_captions_follow_the_prompt_unless_they_name_the_subject():
 
 def test_class_pictures_are_drawn_once_and_taken_up_where_they_were_left(tmp_path):
     sd = model()
-    first = drawn_class(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
+    first = class_samples(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
     (place,) = tmp_path.iterdir()
     assert place.name.startswith("a-dog-")
     (place / "00002.png").unlink()
     kept = (place / "00000.png").stat().st_mtime_ns
-    again = drawn_class(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
+    again = class_samples(sd, tmp_path, "dog", PRIOR, ALONE, quiet=True)
     assert again.digest == first.digest
     assert (place / "00000.png").stat().st_mtime_ns == kept
     assert first.pixels.shape == (3, 1, 16, 16, 3)
-    assert drawn_class(sd, tmp_path, "dog", replace(PRIOR, weight=0.0), ALONE) is None
+    assert class_samples(sd, tmp_path, "dog", replace(PRIOR, weight=0.0), ALONE) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
@@ -238,7 +241,7 @@ def test_a_training_ends_with_its_best_weights_and_a_curve_of_the_scores(tmp_pat
         return {"CLIP-I": {2: 0.9}.get(len(calls), 0.5), "CLIP-T": 0.3, "PRES": 0.1, "DIV": 0.2}
 
     run = replace(RUN, sample_every=1)
-    best = train("lora", tmp_path / "a", run=run, scores=scores)
+    best = train("lora", tmp_path / "a", run=run, scorer=scores)
     short = replace(CONFIGS["lora"], loop=replace(LOOP, steps=2))
     two = train("lora", tmp_path / "b", config=short)
     assert all(torch.equal(best[name].up, two[name].up) for name in two)
@@ -416,7 +419,7 @@ def test_trainings_that_were_killed_end_with_the_bits_of_those_that_were_not(tmp
 
 def test_saving_memory_changes_no_bit_of_the_result(tmp_path):
     config = CONFIGS["lora"]
-    saving = replace(config, subject=replace(config.subject, recompute=True))
+    saving = replace(config, subject=replace(config.subject, gradient_checkpointing=True))
     plain, saved = train("lora", tmp_path / "a"), train("lora", tmp_path / "b", config=saving)
     assert all(torch.equal(plain[name].up, saved[name].up) for name in plain)
 
@@ -461,11 +464,11 @@ def test_the_table_has_means_and_the_paired_distances_from_the_floor():
 
 
 def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch):
-    sd = StableDiffusion.of(checkpoint(MODEL))
-    judge_by = partial(SubjectJudge, CLIPFeatures.of(sd))
+    sd = StableDiffusion(checkpoint(MODEL))
+    scorer_for = partial(SubjectScorer, CLIPFeatures.of(sd))
     settings = Txt2Img(steps=1, batch_size=2)
     plan = Comparison(("{}",), 2, 2, 2, settings, class_prior=2, train_steps=1)
-    arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, judge_by, Run(quiet=True, sample_every=0))
+    arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, scorer_for, TrainingRun(quiet=True, sample_every=0))
     monkeypatch.setattr("minisd.eval.comparison.train_dreambooth", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(*arguments)
@@ -480,7 +483,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
     assert all(rows[name].keys() == drawn for name in rows if name not in (CEILING, OTHERS))
     assert all(scores[SECONDS] > 0 for scores in rows.values())
     assert TRANSFER not in rows[OTHERS]  # they would be judged by themselves
-    by_others = judge_by(images_of(load_photos(DUCK / "other", sd.config.image_size)))
+    by_others = scorer_for(images_of(load_photos(DUCK / "other", sd.config.image_size)))
     views = load_photos(DUCK / "train", sd.config.image_size, masks=DUCK / "masks" / "train").first(2)
     seen = images_of(cut_out(views))
     assert rows[CEILING][TRANSFER] == pytest.approx(by_others.each(seen, "bird")["CLIP-I"].mean().item(), abs=1e-5)
@@ -495,20 +498,22 @@ def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_a
     plan = Comparison(("{}",), 2, 2, 2, Txt2Img(steps=1, batch_size=2), class_prior=2, train_steps=1)
     clip = CLIPFeatures.of(sd)
 
-    def judge_by(pictures):
+    def scorer_for(pictures):
         asked.append(pictures)
-        return SubjectJudge(clip, pictures)
+        return SubjectScorer(clip, pictures)
 
-    def learn(sd, photos, *_):
+    def learn(method, sd, photos, *_, **__):
         asked.append(photos)
         return torch.zeros(4, sd.config.text.width)
 
-    monkeypatch.setattr("minisd.eval.comparison.train_textual_inversion", learn)
-    monkeypatch.setattr(Comparison, "methods", lambda self, every=Comparison.methods: every(self)[:1])
+    monkeypatch.setattr(Method, "train", learn)
+    monkeypatch.setattr(Comparison, "lessons", lambda self, every=Comparison.lessons: every(self)[:1])
 
     def run():
         asked.clear()
-        compare(sd, tmp_path / "duck", "bird", tmp_path / "out", plan, judge_by, Run(quiet=True, sample_every=0))
+        compare(
+            sd, tmp_path / "duck", "bird", tmp_path / "out", plan, scorer_for, TrainingRun(quiet=True, sample_every=0)
+        )
         return asked
 
     test, other, photos = run()
@@ -575,23 +580,24 @@ def test_a_small_model_is_taught_by_the_plan_for_one_and_a_large_one_by_the_meth
         return json.loads((folder / out / "lora.json").read_text())["config"]
 
     small = planned("small")
-    assert "a small model, taught as such: 2 steps at rate 0.001" in capsys.readouterr().err
+    assert "small model, small preset: 2 steps, lr 0.001" in capsys.readouterr().err
     own = LoRAConfig(SubjectConfig("sks", "cat"))
-    plan = for_small_model(own)
+    plan = own.for_small_model()
     assert (small["rank"], tuple(small["unet"]), small["loop"]["lr"]) == (plan.rank, plan.unet, plan.loop.lr)
     assert planned("told", "rank=3")["rank"] == 3
-    kept = for_small_model(replace(own, loop=replace(own.loop, seed=7), prior=replace(own.prior, weight=0.0)))
+    other = replace(own, loop=replace(own.loop, seed=7), prior=replace(own.prior, weight=0.0))
+    kept = other.for_small_model()
     assert (kept.loop.seed, kept.prior.weight) == (7, 0.0)
     capsys.readouterr()
     monkeypatch.setattr("minisd.training.subject.small.SMALL", 0)
     large = planned("large")
-    assert "taught as such" not in capsys.readouterr().err
+    assert "small preset" not in capsys.readouterr().err
     assert (large["rank"], tuple(large["unet"]), large["loop"]["lr"]) == (own.rank, own.unet, own.loop.lr)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     assert main(["train", "lora", "--config", "large/lora.json", "--out", "again", "--quiet"]) == 0
     assert json.loads((folder / "again" / "lora.json").read_text())["config"] == large
-    assert "taught as such" not in capsys.readouterr().err
+    assert "small preset" not in capsys.readouterr().err
 
 
 QUICK = ["loop.steps=2", "prior.count=2", "prior.settings.steps=1", "subject.validation.steps=1"]
@@ -612,6 +618,38 @@ def test_one_file_says_how_a_subject_was_learnt_and_runs_it_again(folder, capsys
     picture(folder / "cat" / "b.png", seed=2)
     assert main(["train", "lora", "--config", "first/lora.json", "--out", "other", "--quiet"]) == 0
     assert "note: b.png is not what it was in first/lora.json" in capsys.readouterr().err
+
+
+def test_plain_options_are_fields_and_set_has_the_last_word(folder):
+    start = ["train", "lora", "cat", "--class", "cat", "--checkpoint", "tiny.safetensors", "--quiet"]
+    plain = ["--steps", "9", "--rank", "3", "--lr", "0.5", "--batch-size", "2", "--seed", "5"]
+    assert main([*start, *plain, "--set", *QUICK, "prior.weight=0"]) == 0
+    config = json.loads((folder / "lora" / "lora.json").read_text())["config"]
+    assert (config["rank"], config["loop"]["steps"], config["loop"]["lr"]) == (3, 2, 0.5)
+    assert (config["loop"]["batch_size"], config["loop"]["seed"]) == (2, 5)
+
+
+def test_a_run_that_was_written_under_the_old_names_of_fields_is_run_again(folder):
+    start = ["train", "lora", "cat", "--class", "cat", "--checkpoint", "tiny.safetensors", "--quiet"]
+    assert main([*start, "--out", "first", "--set", *QUICK, "prior.weight=0"]) == 0
+    record = json.loads((folder / "first" / "lora.json").read_text())
+    record["config"]["loop"]["accumulate"] = record["config"]["loop"].pop("gradient_accumulation")
+    record["config"]["subject"]["recompute"] = record["config"]["subject"].pop("gradient_checkpointing")
+    (folder / "first" / "lora.json").write_text(json.dumps(record))
+    assert main(["train", "lora", "--config", "first/lora.json", "--out", "again", "--quiet"]) == 0
+    assert (folder / "again" / "lora.safetensors").read_bytes() == (folder / "first" / "lora.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_command_and_has_a_preset_for_small_models(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    taught = load_method(name)
+    config = taught.config(SubjectConfig("sks", "cat"))
+    assert type(config.for_small_model()) is taught.config
+    assert main(["train", taught.command, "--help"]) == 0
+    assert f"[{config.loop.steps}; small models {config.for_small_model().loop.steps}]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unknown method 'loha'; known: textual-inversion, lora, dreambooth"):
+        load_method("loha")
 
 
 @pytest.mark.parametrize(
@@ -648,11 +686,13 @@ def test_a_caption_names_the_token_as_a_word_only():
 
 
 def test_the_record_of_another_run_is_not_written_over(tmp_path):
-    record = {"config": {"rank": 4, "subject": {"recompute": False}}, "inputs": {"hashes": {"a.png": "1"}}}
+    record = {"config": {"rank": 4, "subject": {"gradient_checkpointing": False}}, "inputs": {"hashes": {"a.png": "1"}}}
     path = tmp_path / "lora.json"
     check_free(path, record)
     path.write_text(json.dumps(record))
-    check_free(path, record | {"config": record["config"] | {"subject": {"recompute": True}}})  # saves memory only
+    check_free(
+        path, record | {"config": record["config"] | {"subject": {"gradient_checkpointing": True}}}
+    )  # saves memory only
     others = [record | {"config": {**record["config"], "rank": 8}}, record | {"inputs": {"hashes": {"a.png": "2"}}}]
     for other in others:
         with pytest.raises(ValueError, match=r"of another run .* choose another --out"):

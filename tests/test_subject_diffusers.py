@@ -11,7 +11,7 @@ from minisd.checkpoints.lora_files import names_to_official
 from minisd.checkpoints.save import save_checkpoint
 from minisd.training.progress import read_log
 from minisd.training.state import learnt_weights
-from minisd.training.subject import dreambooth, lora, textual_inversion
+from minisd.training.subject import method
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -45,8 +45,7 @@ def seen(monkeypatch):
 
         return watched
 
-    for module in (dreambooth, lora, textual_inversion):
-        monkeypatch.setattr(module, "learn", watching(module.learn))
+    monkeypatch.setattr(method, "learn", watching(method.learn))
     return found
 
 

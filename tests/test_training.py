@@ -28,7 +28,7 @@ from minisd.training.parallel import ALONE, Processes
 from minisd.training.progress import read_log
 from minisd.training.recipes.ddpm import DDPMRecipe, train_ddpm
 from minisd.training.state import differing
-from minisd.training.weights import recompute
+from minisd.training.weights import checkpoint_gradients
 
 HERE = Path(__file__).parent
 LDM = np.load(HERE / "data" / "training_ldm.npz")
@@ -185,7 +185,7 @@ def test_two_processes_that_share_muons_work_get_the_bits_of_one(by_two_processe
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(finished, tmp_path):
-    config = replace(DDPM, loop=replace(LOOP, accumulate=4))
+    config = replace(DDPM, loop=replace(LOOP, gradient_accumulation=4))
     train_ddpm(pictures(), tmp_path, config, RUN)
     assert_same_to_rounding(tensors_of(tmp_path), tensors_of(finished))
 
@@ -203,7 +203,9 @@ def assert_same_to_rounding(a, b):
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused():
-    with pytest.raises(ValueError, match=r"batch_size 10 .* 2 process\(es\) × accumulate 4 .* multiple of 8"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 10 .* 2 process\(es\) × gradient_accumulation 4 .* multiple of 8"
+    ):
         Processes(0, 2).check(10, 4)
 
 
@@ -214,7 +216,7 @@ def test_processes_and_micro_batches_share_the_rows_of_a_batch():
 
 def test_recomputing_activations_changes_no_gradient_and_no_name():
     a, b = (deepcopy(random_network("unet", UNET)).requires_grad_(True) for _ in range(2))
-    recompute(b.slots())
+    checkpoint_gradients(b.slots())
     x, context = torch.linspace(-1, 1, 2 * 4 * 64).view(2, 4, 8, 8), torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 16)
     for unet in (a, b):
         unet(x, 5, Conditioning(context)).square().mean().backward()

@@ -100,7 +100,7 @@ def test_broken_and_empty_files_are_left_out_with_a_warning_that_names_them(tmp_
 
 
 def test_a_folder_without_a_usable_picture_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         load_pictures(tmp_path, size=16)
     (tmp_path / "empty.png").touch()
     with (

@@ -155,22 +155,22 @@ def test_the_scale_is_one_over_the_deviation_of_sampled_latents():
 
 def test_each_player_is_moved_by_its_own_loss_alone():
     recipe = VAERecipe(pictures(), replace(MINI.vae, gan_weight=0.5, gan_start=0, gan_channels=8, gan_layers=2))
-    vae, rival = recipe.networks["vae"], recipe.networks["discriminator"]
+    vae, discriminator = recipe.networks["vae"], recipe.networks["discriminator"]
 
     def gradients(*names):
         recipe.networks.zero_grad()
         found = recipe.loss(torch.arange(4), draws(4))
         sum(found[name] for name in names).backward()
-        return [[p.grad.clone() for p in n.parameters() if p.grad is not None] for n in (vae, rival)]
+        return [[p.grad.clone() for p in n.parameters() if p.grad is not None] for n in (vae, discriminator)]
 
-    of_vae, of_rival = gradients("rival")
+    of_vae, of_discriminator = gradients("discriminator")
     assert not of_vae
-    assert of_rival
-    of_vae, of_rival_by_vae = gradients("adversary")
+    assert of_discriminator
+    of_vae, of_discriminator_by_vae = gradients("adversary")
     assert of_vae
-    assert not of_rival_by_vae
-    _, of_rival_by_all = gradients("loss")
-    assert all(torch.equal(a, b) for a, b in zip(of_rival, of_rival_by_all, strict=True))
+    assert not of_discriminator_by_vae
+    _, of_discriminator_by_all = gradients("loss")
+    assert all(torch.equal(a, b) for a, b in zip(of_discriminator, of_discriminator_by_all, strict=True))
 
 
 def test_the_rival_pulls_half_as_hard_as_the_reconstruction_at_the_last_layer():
@@ -180,25 +180,25 @@ def test_the_rival_pulls_half_as_hard_as_the_reconstruction_at_the_last_layer():
     last = recipe.vae.decoder.conv_out.weight
     found = recipe.loss(torch.arange(4), draws(4))
     reconstruction = found["pixel"] + found["edges"]
-    rest = found["loss"] - reconstruction - found["rival"]
+    rest = found["loss"] - reconstruction - found["discriminator"]
     pull = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (rest, reconstruction)]
     assert (pull[0] / pull[1]).item() == pytest.approx(0.5, rel=0.05)
 
 
 def test_the_rival_begins_at_its_step():
     recipe = VAERecipe(pictures(), replace(MINI.vae, gan_weight=0.5, gan_start=3, gan_channels=8, gan_layers=2))
-    assert "rival" not in recipe.loss(torch.arange(4), draws(4, step=2))
-    assert "rival" in recipe.loss(torch.arange(4), draws(4, step=3))
+    assert "discriminator" not in recipe.loss(torch.arange(4), draws(4, step=2))
+    assert "discriminator" in recipe.loss(torch.arange(4), draws(4, step=3))
 
 
 def test_a_discriminator_judges_patches_each_picture_by_itself():
     with seeded("test"):
-        rival = PatchDiscriminator(8, 2)
+        discriminator = PatchDiscriminator(8, 2)
     image = torch.rand(3, 3, 32, 32)
-    logits = rival(image)
+    logits = discriminator(image)
     assert logits.shape[1] == 1
     assert min(logits.shape[2:]) > 1
-    torch.testing.assert_close(rival(image[:1]), logits[:1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(discriminator(image[:1]), logits[:1], atol=1e-6, rtol=1e-5)
 
 
 def test_a_vae_training_with_a_rival_resumes_to_the_same_bits(tmp_path):
@@ -252,7 +252,7 @@ def test_unknown_tokens_are_shown_in_place_of_words_only():
 
 def test_clip_refuses_micro_batches_and_towers_that_do_not_meet():
     with pytest.raises(ValueError, match="contrastive batch cannot be cut"):
-        replace(MINI.clip, loop=replace(LOOP, accumulate=2))
+        replace(MINI.clip, loop=replace(LOOP, gradient_accumulation=2))
     with pytest.raises(ValueError, match="projection_dim is 8 for text, 9 for vision"):
         replace(MINI.clip, vision=replace(MODEL.vision, projection_dim=9))
 

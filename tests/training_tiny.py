@@ -17,7 +17,7 @@ from minisd.checkpoints.files import save_safetensors
 from minisd.config import CLIPTextConfig, CLIPVisionConfig, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from minisd.training.data import Augmentation, Pictures
 from minisd.training.optimizers import Muon
-from minisd.training.options import LoopConfig, Run
+from minisd.training.options import LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, processes
 from minisd.training.recipes.clip import CLIPRecipeConfig, train_clip
 from minisd.training.recipes.ddpm import DDPMConfig, DDPMRecipe, train_ddpm
@@ -25,7 +25,7 @@ from minisd.training.recipes.latent_diffusion import LatentDiffusionConfig, trai
 from minisd.training.recipes.mini import MiniConfig
 from minisd.training.recipes.vae import VAERecipeConfig, train_vae
 
-RUN = Run(save_every=3, log_every=2, sample_every=0, quiet=True)
+RUN = TrainingRun(save_every=3, log_every=2, sample_every=0, quiet=True)
 LOOP = LoopConfig(steps=10, batch_size=8, lr=1e-3, warmup=4, decay="cosine", weight_decay=0.01, ema=0.9)
 UNET = UNetConfig(
     channels=16,
@@ -70,9 +70,9 @@ def pictures(n: int = 11, size: int = 16) -> Pictures:
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
 
 
-def train_recipe(name: str, folder: Path, *, accumulate: int = 1, precision: str = "float32", group=ALONE):
+def train_recipe(name: str, folder: Path, *, gradient_accumulation: int = 1, precision: str = "float32", group=ALONE):
     """Train a tiny recipe by name and return what it gives."""
-    loop = replace(LOOP, accumulate=accumulate, precision=precision)
+    loop = replace(LOOP, gradient_accumulation=gradient_accumulation, precision=precision)
     if name == "ddpm":
         return train_ddpm(pictures(), folder, replace(DDPM, loop=loop), RUN, group)
     if name == "muon":

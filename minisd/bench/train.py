@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,26 +23,25 @@ from minisd.bench.report import BenchReport
 from minisd.bench.unet import GuidedStep
 from minisd.bench.weights import write_random_folder
 from minisd.config import SD1, ModelConfig
+from minisd.training.subject import METHODS, load_method
 
-Method = Literal["textual-inversion", "lora", "dreambooth"]
-METHODS = get_args(Method)
-TOKEN, CLASS, RANK = "sks", "dog", 8
+TOKEN, PLACEHOLDER, CLASS, RANK = "sks", "<sks>", "dog", 8
 
 
 @dataclass(frozen=True)
 class TrainingStep:
     """One step on `batch` images of one prompt, without prior preservation, from latents that were encoded before.
 
-    dtype: bfloat16 means autocast; the trained weights are float32 either way. recompute: gradient checkpointing.
+    dtype: bfloat16 means autocast; the trained weights are float32 either way.
     """
 
     config: ModelConfig
-    method: Method
+    method: str
     size: int
     batch: int
     dtype: str
     device: str = "cpu"
-    recompute: bool = False
+    gradient_checkpointing: bool = False
 
     @property
     def label(self) -> dict[str, str | int]:
@@ -97,33 +95,26 @@ def minisd(folder: Path, case: TrainingStep) -> Run:
     from minisd.stable_diffusion import load
     from minisd.training.optimizers import build_optimizers
     from minisd.training.options import LoopConfig
-    from minisd.training.subject import dreambooth, lora, textual_inversion
+    from minisd.training.subject.config import SubjectConfig
+    from minisd.training.subject.examples import SubjectBatch
+    from minisd.training.subject.lora import layers_of
     from minisd.training.subject.photos import Photos
-    from minisd.training.subject.recipe import Batch, SubjectConfig
 
     sd = load(folder, device=case.device)
-    token = "<sks>" if case.method == "textual-inversion" else TOKEN
+    taught = load_method(case.method)
     loop = LoopConfig(batch_size=case.batch, precision=case.dtype, ema=None)
-    subject = SubjectConfig(token, CLASS, recompute=case.recompute)
+    subject = SubjectConfig(taught.token or PLACEHOLDER, CLASS, gradient_checkpointing=case.gradient_checkpointing)
     # a placeholder: all contenders train on the latents of the case
     photos = Photos(np.zeros((1, 1, 64, 64, 3), np.uint8), None, ((),), ("photo.png",), "benchmark")
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as out, torch.enable_grad():
-        if case.method == "dreambooth":
-            config = dreambooth.DreamBoothConfig(subject, loop=loop)
-            recipe = dreambooth.dreambooth_recipe(sd, photos, Path(out), config)
-        elif case.method == "lora":
-            config = lora.LoRAConfig(subject, loop=loop, rank=RANK)
-            recipe, layers = lora.lora_recipe(sd, photos, Path(out), config)
-            set_lora_down(layer.down.weight for layer in layers.values())
-        else:
-            config = textual_inversion.TextualInversionConfig(subject, loop=loop)
-            recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(out), config)
+        recipe = taught.recipe(sd, photos, Path(out), taught.config(subject, loop=loop))
+        set_lora_down(layer.down.weight for layer in layers_of(recipe).values())
     networks = recipe.networks.train()
     optimize(networks)
     optimizers = build_optimizers(networks, loop)
     x_0, noise = case.latents_and_noise()
     first = torch.zeros(case.batch, dtype=torch.long, device=case.device)
-    batch = Batch(x_0, noise, case.t, first, torch.ones_like(x_0[:, :1]))
+    batch = SubjectBatch(x_0, noise, case.t, first, torch.ones_like(x_0[:, :1]))
 
     @torch.enable_grad()
     def step() -> None:  # a step of training.loop.train
@@ -146,7 +137,7 @@ def diffusers(folder: Path, case: TrainingStep) -> Run:
     models = examples.ExampleModels(folder, torch.float32, mixed=case.dtype == "bfloat16")
     models.unet.to(case.device)
     models.text_encoder.to(case.device)
-    if case.recompute:
+    if case.gradient_checkpointing:
         models.checkpoint_gradients()
     text = case.config.text
     tokenizer = Tokenizer(length=text.length, pad_id=text.pad_id, dialect=text.dialect)
@@ -161,9 +152,9 @@ def diffusers(folder: Path, case: TrainingStep) -> Run:
         else:
             table = models.text_encoder.get_input_embeddings().weight
             rows = table[[tokenizer.encode(CLASS)[0]]].detach().clone()
-            tokenizer.add_token("<sks>", 1)
+            tokenizer.add_token(PLACEHOLDER, 1)
             example = examples.textual_inversion(models, rows, lr=1e-4)
-    prompt = "a <sks>" if case.method == "textual-inversion" else f"a {TOKEN} {CLASS}"
+    prompt = f"a {PLACEHOLDER}" if case.method == "textual-inversion" else f"a {TOKEN} {CLASS}"
     ids = tokenizer([prompt] * case.batch).to(case.device)
     batch = examples.ExampleBatch(*case.latents_and_noise(), case.t, ids)
     return outputs_of_two_steps(models.unet, torch.enable_grad()(lambda: example.step(batch)))
@@ -176,8 +167,8 @@ def bench_train(
     options: ImageBenchOptions,
     config: ModelConfig = SD1,
     *,
-    methods: Iterable[Method] = METHODS,
-    recompute: bool = False,
+    methods: Iterable[str] = METHODS,
+    gradient_checkpointing: bool = False,
 ) -> BenchReport:
     """Seconds and peak memory of one step of each method, with PyTorch's AdamW.
 
@@ -185,14 +176,14 @@ def bench_train(
     """
     if options.dtype == "float16":
         raise ValueError("float16 is no precision to train in here: give bfloat16 or float32")
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
     cases = [
-        TrainingStep(config, method, size, batch, options.dtype, options.device, recompute)
-        for method, (size, batch) in product(methods, list(options.cases(config)))
+        TrainingStep(
+            config, load_method(name).command, size, batch, options.dtype, options.device, gradient_checkpointing
+        )
+        for name, (size, batch) in product(methods, list(options.cases(config)))
     ]
     contenders = select(CONTENDERS, options.peers)
-    suffix = ", gradient checkpointing" if recompute else ""
+    suffix = ", gradient checkpointing" if gradient_checkpointing else ""
     what = f"a training step on {config.name}, random weights, latents precomputed{suffix}"
     report = BenchReport("train", what, machine(options.device), options)
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:

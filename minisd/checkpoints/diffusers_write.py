@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 
 from minisd.checkpoints.diffusers_json import PREDICTIONS, SCHEDULES
-from minisd.checkpoints.families import task_of
 from minisd.checkpoints.networks import NETWORKS, WHOLE
 from minisd.config import (
     CLIPVisionConfig,
@@ -24,7 +23,7 @@ PIPELINES = {
     "inpainting": "StableDiffusionInpaintPipeline",
     "pix2pix": "StableDiffusionInstructPix2PixPipeline",
     "upscaling": "StableDiffusionUpscalePipeline",
-    "depth": "StableDiffusionDepth2ImgPipeline",
+    "depth-to-image": "StableDiffusionDepth2ImgPipeline",
     "image-variation": "StableUnCLIPImg2ImgPipeline",
 }
 
@@ -42,7 +41,7 @@ def folder_files(config: ModelConfig, added_tokens: Mapping[str, Sequence[int]] 
     }
     for declared in (NETWORKS[name] for name in WHOLE if getattr(config, name) is not None):
         files[f"{declared.subfolder}/config.json"] = declared.config_to_json(config)
-    if task_of(config) == "upscaling":  # the noise that is added to the small image has the same schedule
+    if config.task == "upscaling":  # the noise that is added to the small image has the same schedule
         files["low_res_scheduler/scheduler_config.json"] = _scheduler("DDPMScheduler", config.schedule, "eps")
     if is_unclip(config):  # elsewhere CLIP's image encoder scores images and is no part of a pipeline
         noise = ScheduleConfig(kind="cosine", start=0.0001, end=0.02)
@@ -63,12 +62,12 @@ def folder_files(config: ModelConfig, added_tokens: Mapping[str, Sequence[int]] 
 
 
 def is_unclip(config: ModelConfig) -> bool:
-    return config.vision is not None and task_of(config) == "image-variation"
+    return config.vision is not None and config.task == "image-variation"
 
 
 def _model_index(config: ModelConfig) -> dict:
     """Which classes load the components. Those that minisd does not run (safety checker) are null."""
-    task = task_of(config)
+    task = config.task
     index = {
         "_class_name": PIPELINES[task],
         "scheduler": ["diffusers", "DDIMScheduler"],
@@ -84,7 +83,7 @@ def _model_index(config: ModelConfig) -> dict:
         index["image_noising_scheduler"] = ["diffusers", "DDPMScheduler"]
     elif task == "upscaling":
         index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350}
-    elif task != "depth":
+    elif task != "depth-to-image":
         index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
     return index
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from minisd.config import PRESETS, ModelConfig, Prediction, UNetConfig
+from minisd.config import PRESETS, ModelConfig, Prediction, UNetConfig, task_of_shapes
 
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text states
 SDXL = "SDXL"
 SDXL_WIDTHS = {2048, 1280}  # of SDXL's context, and of its second text encoder
-TASKS = {4: "text-to-image", 5: "depth", 7: "upscaling", 8: "pix2pix", 9: "inpainting"}  # by the U-Net's channels
 
 
 def presets_of(unet: UNetConfig) -> dict[str, ModelConfig]:
@@ -23,13 +22,9 @@ def model_config(networks: Mapping[str, Any], prediction: Prediction | None) -> 
     """The preset with this U-Net and prediction, or SD1's frame named "custom"; with the networks' own configs."""
     presets = list(presets_of(networks["unet"]).values())
     exact = next((preset for preset in presets if preset.prediction == prediction), None)
-    preset = exact or (presets[0] if presets else replace(ModelConfig(), name="custom"))
+    custom = replace(ModelConfig(), name="custom", task=task_of_shapes(networks["unet"], networks["vae"]))
+    preset = exact or (presets[0] if presets else custom)
     return replace(preset, **networks, prediction=prediction or preset.prediction)
-
-
-def task_of(config: ModelConfig) -> str:
-    """What a model is for, by what its U-Net takes besides x_t, t and text."""
-    return "image-variation" if config.unet.vector_dim else TASKS.get(config.unet.in_channels, "text-to-image")
 
 
 def base_of(width: int | None) -> str:

@@ -45,6 +45,22 @@ def save_checkpoint(
     raise ValueError(f"layout={layout!r}; allowed: ldm, diffusers")
 
 
+def save_networks(
+    networks: dict[str, nn.Module],
+    config: ModelConfig,
+    path: str | os.PathLike,
+    *,
+    evidence: str = "",
+    global_step: int | None = None,
+    fold: bool = False,
+) -> None:
+    """Write some networks ("unet", "vae", "text", "vision") of a model into one .safetensors file, with its config.
+
+    evidence: why config.prediction is what it is. global_step: of the training. fold: see `save_checkpoint`.
+    """
+    save_checkpoint(Checkpoint(config, networks, {}, [], evidence, global_step), path, fold=fold)
+
+
 def _save_file(checkpoint: Checkpoint, path: Path, fold: bool) -> list[str]:
     if path.is_dir():
         raise ValueError(

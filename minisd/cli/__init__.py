@@ -12,6 +12,8 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from minisd import __version__
 from minisd.cli.help import formatter
 from minisd.tasks import TASKS
+from minisd.training.recipes import RECIPES
+from minisd.training.subject import METHODS
 
 # Named by import path: a command's module, and with it torch, is imported only when that command is asked for.
 COMMANDS = {
@@ -26,16 +28,12 @@ PLOTS = {
     "study:plot_trajectory": "Denoising trajectory: the predicted x_0 at each step of sampling.",
     "study:plot_attention": "Cross-attention maps: where an image attends to each word of its prompt.",
 }
-TRAININGS = {
-    "training:train_mini": "A whole model from nothing: autoencoder, CLIP, U-Net.",
-    "training:train_ddpm": "A DDPM on pixels, the smallest lesson.",
-    "personalise:train_lora": "A subject, by a small file of additions: the cheap form of DreamBooth.",
-    "personalise:train_dreambooth": "A subject, by all weights, beside its class.",
-    "personalise:train_textual_inversion": "A subject, by one new word.",
+TRAININGS = {f"training:train_{name}": line for name, line in RECIPES.items()} | {
+    f"personalise:train_{name}": line for name, line in METHODS.items()
 }
 EVALUATIONS = {
-    "evaluate:eval_mini": "A model trained on the emoji: what it keeps, understands and draws.",
-    "subjects:eval_subjects": "Textual inversion, LoRA and DreamBooth on held-out subjects, beside each other.",
+    "evaluate:eval_mini": "Evaluate a model trained on the emoji: reconstruction, retrieval, samples.",
+    "subjects:eval_subjects": f"Compare {', '.join(name.replace('_', ' ') for name in METHODS)} on held-out subjects.",
 }
 BENCHES = {
     "bench:bench_unet": "One denoising step of SD 1's U-Net with CFG: time and peak memory.",
@@ -74,17 +72,17 @@ EXAMPLES = {
     "eval subjects": ["minisd eval subjects duck violin", "minisd eval subjects --all", "minisd eval subjects"],
     "train lora": [
         "minisd train lora my-cat --token sks --class cat",
-        "minisd train lora my-cat --class cat --set rank=16 loop.steps=400 --checkpoint sd-v1-5.safetensors",
+        "minisd train lora my-cat --class cat --rank 16 --steps 400 --checkpoint sd-v1-5.safetensors",
         "minisd train lora --config lora/lora.json --out again",
     ],
     "train dreambooth": [
         "minisd train dreambooth my-cat --token sks --class cat",
-        "minisd train dreambooth my-cat --class cat --set loop.precision=bfloat16 subject.recompute=true --device cuda",
+        "minisd train dreambooth my-cat --class cat --device cuda --set subject.gradient_checkpointing=true",
     ],
     "train textual-inversion": [
         'minisd train textual-inversion my-cat --token "<my-cat>" --class cat --set vectors=4',
     ],
-    "train ddpm": ["minisd train ddpm flowers --set size=64 schedule.kind=cosine"],
+    "train ddpm": ["minisd train ddpm flowers --resolution 64 --set schedule.kind=cosine"],
     "eval mini": ["minisd eval mini --data emoji", "minisd eval mini --checkpoint mini/mini.safetensors --steps 50"],
     "bench unet": [
         "minisd bench unet --dtype bfloat16 --peers diffusers --json unet.json",
@@ -156,8 +154,8 @@ app.command(
         sort_key=100,
     )
 )
-app.command(_app("train", "Teach models, from nothing or a subject.", TRAININGS, sort_key=99))
-app.command(_app("eval", "Measure how good a model is.", EVALUATIONS, sort_key=100))
+app.command(_app("train", "Train models from scratch, or teach one a subject.", TRAININGS, sort_key=99))
+app.command(_app("eval", "Evaluate models.", EVALUATIONS, sort_key=100))
 app.command(
     _app(
         "bench",

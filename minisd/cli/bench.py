@@ -65,19 +65,21 @@ def bench_train(
     *,
     options: Annotated[ImageBenchOptions, Flat] = ImageBenchOptions(),
     method: Annotated[list[str], Parameter(negative=(), consume_multiple=True)] = (),
-    recompute: Annotated[bool, Parameter(name=("--gradient-checkpointing", "--recompute"))] = False,
+    gradient_checkpointing: bool = False,
 ) -> int:
     """Training step of textual inversion, LoRA and DreamBooth on SD 1: time and peak memory, random weights.
 
     Args:
-        method: textual-inversion, lora or dreambooth, one or several; all three when left out
-        recompute: recompute activations in the backward pass: less memory, more time
+        method: a method of `minisd train`: textual-inversion, lora, dreambooth, one or several; all when left out
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time
     """
     check(options)
-    from minisd.bench.train import METHODS
     from minisd.bench.train import bench_train as measure
+    from minisd.training.subject import METHODS
 
-    return publish([measure(options, methods=method or METHODS, recompute=recompute)], options)
+    return publish(
+        [measure(options, methods=method or METHODS, gradient_checkpointing=gradient_checkpointing)], options
+    )
 
 
 def bench_attention(*, options: Annotated[BenchOptions, Flat] = BenchOptions(), training: bool = False) -> int:

@@ -34,19 +34,19 @@ def eval_mini(
     overwrite: bool = False,
     model: Model = Model(),
 ) -> None:
-    """Measure a model that was trained on the emoji: what it keeps, understands and draws, each beside its baseline.
+    """Evaluate a model trained on the emoji: reconstruction, retrieval, samples, each beside its baseline.
 
     Args:
-        data: the folder that scripts/build_emoji.py made.
-        out: a folder for eval.json, eval.md, a sheet of 48 fixed prompts, and one of 20 objects for a person to name.
-        seed: of the first picture of every set that is drawn.
-        concepts: how many are drawn and looked for among the training drawings.
-        pictures: how many are drawn for the Fréchet distance.
-        steps: how many times the model is asked for each picture.
-        sampler: as for txt2img.
-        guidance_scale: how much the prompt counts.
-        batch_size: pictures per call of the network.
-        overwrite: replace these files.
+        data: data set folder made by scripts/build_emoji.py.
+        out: output folder: eval.json, eval.md, a sheet of 48 fixed prompts, and one of 20 objects for a person to name.
+        seed: random seed of the first image of every set.
+        concepts: number of concepts to sample and to look up among the training images.
+        pictures: number of samples for the Fréchet distance.
+        steps: sampling steps.
+        sampler: sampler, as for txt2img.
+        guidance_scale: classifier-free guidance (CFG) scale; 1 disables guidance and halves the time.
+        batch_size: images per batch; affects speed and memory, not results.
+        overwrite: replace existing files.
     """
     options = Txt2Img(steps=steps, sampler=sampler, guidance_scale=guidance_scale, batch_size=batch_size)
     for name in FILES:
@@ -97,10 +97,10 @@ def _loaded(model: Model) -> dict[str, str]:
     from minisd.files import sha256
 
     names = ("weights", "prediction", "vae", "dtype", "device")
-    usual, given = asdict(Model()), {name: getattr(model, name) for name in names}
+    usual, values = asdict(Model()), {name: getattr(model, name) for name in names}
     files = [(f"{path.name} ({weight:g})", path) for path, weight in model.loras()]
     files += [(path.name, path) for path, _ in model.embeddings()]
-    return {name: str(value) for name, value in given.items() if value != usual[name]} | {
+    return {name: str(value) for name, value in values.items() if value != usual[name]} | {
         f"with {name}": sha256(path) for name, path in files
     }
 

@@ -20,17 +20,17 @@ def eval_subjects(
     train_steps: int | None = None,
     model: Model = Model(),
 ) -> None:
-    """Teach a model held-out subjects by every method, and score them: a table, and a sheet to look at.
+    """Compare the methods of `minisd train` on held-out subjects: a table of scores and a contact sheet.
 
     The same command goes on where it was stopped; what is finished is only read.
 
     Args:
-        subject: folders of --data, each with train/ and test/, and masks/train/, masks/test/ and other/ if there are
-            some; five of them when left out.
-        data: the folder of the subjects, with a subjects.json that names their classes.
-        out: gets subjects.md, subjects.json, subjects.png, and a folder for each subject and method.
+        subject: subjects to learn: folders of --data with train/ and test/, and masks/train/, masks/test/, other/ where
+            there are some [five of them].
+        data: folder of the subjects, with a subjects.json that names their classes.
+        out: output folder: subjects.md, subjects.json, subjects.png, and a folder per subject and method.
         all: all subjects of the folder; about four times as long.
-        train_steps: of every training, in place of some hundreds: to try it out.
+        train_steps: training steps of every method, to try it out [the small-model presets].
     """
     file = data / "subjects.json"
     if not file.is_file():
@@ -44,26 +44,28 @@ def eval_subjects(
     from minisd.eval.comparison_page import contact_sheet, notes, table
     from minisd.eval.features import CLIPFeatures
     from minisd.eval.report import machine
-    from minisd.eval.subject import SubjectJudge
+    from minisd.eval.subject import SubjectScorer
     from minisd.files import write_whole
-    from minisd.training.options import Run
+    from minisd.training.options import TrainingRun
     from minisd.training.recipes.mini import has_bfloat16
 
     sd = model.load_whole()
     quick = sd.device.type == "cuda" or has_bfloat16()
     plan = Comparison(precision="bfloat16" if quick else "float32", train_steps=train_steps)
     clip = CLIPFeatures.of(sd)
-    run = Run(device=model.device, save_every=100, log_every=20, sample_every=0)
-    found = {}
+    run = TrainingRun(device=model.device, save_every=100, log_every=20, sample_every=0)
+    scores_of = {}
     for number, name in enumerate(chosen):
         print(f"{name} ({number + 1} of {len(chosen)})", file=sys.stderr)
-        found[name] = compare(sd, data / name, known[name]["class"], out / name, plan, partial(SubjectJudge, clip), run)
-    seconds = [scores.get(SECONDS, float("nan")) for rows in found.values() for scores in rows.values()]
+        scores_of[name] = compare(
+            sd, data / name, known[name]["class"], out / name, plan, partial(SubjectScorer, clip), run
+        )
+    seconds = [scores.get(SECONDS, float("nan")) for rows in scores_of.values() for scores in rows.values()]
     facts = machine(sd.device) | {"minutes, of all rows": round(sum(seconds) / 60, 1), "feature space": clip.name}
     about = [*(f"{key}: {value}" for key, value in facts.items()), *notes(plan)]
-    page = "\n".join([table(found), *(f"- {line}" for line in about), ""])
-    sheet = contact_sheet(out, {name: data / name for name in chosen}, found)
-    text = json.dumps({**facts, "scores": found}, indent=1, ensure_ascii=False) + "\n"
+    page = "\n".join([table(scores_of), *(f"- {line}" for line in about), ""])
+    sheet = contact_sheet(out, {name: data / name for name in chosen}, scores_of)
+    text = json.dumps({**facts, "scores": scores_of}, indent=1, ensure_ascii=False) + "\n"
     write_whole(out / "subjects.md", lambda file: file.write(page.encode()))
     write_whole(out / "subjects.json", lambda file: file.write(text.encode()))
     write_whole(out / "subjects.png", lambda file: sheet.save(file, "PNG", optimize=True))

@@ -102,6 +102,17 @@ class Schedule:
         abar = self.alpha_cumprod(t)
         return weighted_sum(abar.sqrt(), noise, -(1 - abar).sqrt(), x_0)
 
+    def target(self, x_0: Tensor, t: Time, noise: Tensor, prediction: str) -> Tensor:
+        """What a network that predicts "eps", "v" or "x_0" should return for x_t = q_sample(x_0, t, noise)."""
+        match prediction:
+            case "eps":
+                return noise
+            case "x_0":
+                return x_0
+            case "v":
+                return self.v_target(x_0, t, noise)
+        raise ValueError(f"a network cannot predict {prediction!r}; known: eps, x_0, v")
+
     def x_0_from_eps(self, x_t: Tensor, t: Time, eps: Tensor) -> Tensor:
         """x_0 = (x_t - √(1-ᾱ) ε) / √ᾱ. Refuses ᾱ = 0."""
         abar = self._with_signal(t)

@@ -2,7 +2,7 @@
 
 Every subject has a folder with views in train/ and others in test/; masks/train/ and masks/test/ say what of a view is
 the subject; other/ holds other vendors' drawings of the same thing. Between a floor, the untouched model with the class
-word, and a ceiling, real views judged as if they had been drawn, stands each method. What is finished is only read.
+word, and a ceiling, real views scored as if they had been drawn, stands each method. What is finished is only read.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -25,33 +26,30 @@ from minisd.files import write_whole
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
 from minisd.training.captions import with_article
-from minisd.training.options import Run
+from minisd.training.options import TrainingRun
 from minisd.training.parallel import Processes
-from minisd.training.subject.dreambooth import DreamBoothConfig, train_dreambooth
-from minisd.training.subject.lora import LoRAConfig, train_lora
+from minisd.training.subject import METHODS, load_method
+from minisd.training.subject.config import SubjectConfig, Validation
+from minisd.training.subject.method import Method
 from minisd.training.subject.photos import Photos, load_photos
-from minisd.training.subject.prior import PriorConfig
-from minisd.training.subject.recipe import SubjectConfig, Validation, with_networks
-from minisd.training.subject.small import for_small_model
-from minisd.training.subject.textual_inversion import TextualInversionConfig, train_textual_inversion
-from minisd.training.weights import copied
 
 if TYPE_CHECKING:
-    from minisd.eval.subject import SubjectJudge
+    from minisd.eval.subject import SubjectScorer
 
 FLOOR, CEILING, NO_PRIOR = "untouched model", "real views", "dreambooth without prior"
 OTHERS, TRANSFER = "other vendors' drawings", "CLIP-I to others"
 SECONDS = "seconds"
-TOKEN = "sks"
-Config = DreamBoothConfig | LoRAConfig | TextualInversionConfig
+PLACEHOLDER = "<subject>"  # the token of methods that learn a new word
+NO_EFFECT = Validation(prompts=("{}",), seeds=1, steps=2, guidance_scale=1.0, best=False)
 
 
 @dataclass(frozen=True)
-class Method:
-    """A recipe and its config for a subject of this class word."""
+class Lesson:
+    """A row of the comparison: a method, and its config for a subject of this class word."""
 
     name: str
-    config: Callable[[str], Config]
+    method: Method
+    config: Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -82,25 +80,22 @@ class Comparison:
         if self.train_steps is not None and self.train_steps < 1:
             raise ValueError(f"train_steps is {self.train_steps}: give 1 or more")
 
-    def methods(self) -> tuple[Method, ...]:
-        """The rows, by the plans for a small model. Steps and rates were chosen on the duck and the alarm clock."""
-        prior = PriorConfig(count=self.class_prior, prompt="{}", settings=self.settings)
-        quiet = Validation(prompts=("{}",), seeds=1, steps=2, guidance_scale=1.0, best=False)
+    def lessons(self) -> tuple[Lesson, ...]:
+        """The rows, by the presets for a small model. Steps and rates were chosen on the duck and the alarm clock."""
+        lessons = [Lesson(one.name, one, partial(self._config, one)) for one in map(load_method, METHODS)]
+        dreambooth = load_method("dreambooth")
+        return (*lessons, Lesson(NO_PRIOR, dreambooth, partial(self._config, dreambooth, prior_weight=0.0)))
 
-        def planned(method: type, class_word: str, token: str = TOKEN, **more) -> Config:
-            config = for_small_model(method(SubjectConfig(token, class_word)))
-            subject = replace(config.subject, prompts=("{}", "a {}"), validation=quiet)
-            steps = self.train_steps or config.loop.steps
-            return replace(
-                config, subject=subject, loop=replace(config.loop, steps=steps, precision=self.precision), **more
+    def _config(self, method: Method, class_word: str, *, prior_weight: float = 1.0) -> Any:
+        config = method.config(SubjectConfig(method.token or PLACEHOLDER, class_word)).for_small_model()
+        if hasattr(config, "prior"):
+            prior = replace(
+                config.prior, weight=prior_weight, count=self.class_prior, prompt="{}", settings=self.settings
             )
-
-        return (
-            Method("textual inversion", lambda word: planned(TextualInversionConfig, word, "<subject>")),
-            Method("lora", lambda word: planned(LoRAConfig, word, prior=prior)),
-            Method("dreambooth", lambda word: planned(DreamBoothConfig, word, prior=prior)),
-            Method(NO_PRIOR, lambda word: planned(DreamBoothConfig, word, prior=replace(prior, weight=0.0))),
-        )
+            config = replace(config, prior=prior)
+        subject = replace(config.subject, prompts=("{}", "a {}"), validation=NO_EFFECT)
+        loop = replace(config.loop, steps=self.train_steps or config.loop.steps, precision=self.precision)
+        return replace(config, subject=subject, loop=loop)
 
 
 Scores = Mapping[str, float]
@@ -112,23 +107,23 @@ def compare(
     class_word: str,
     out: Path,
     plan: Comparison,
-    judge_by: Callable[[list[Image.Image]], SubjectJudge],
-    run: Run,
+    scorer_for: Callable[[list[Image.Image]], SubjectScorer],
+    run: TrainingRun,
 ) -> dict[str, Scores]:
     """Row → scores of one subject, floor and ceiling first. Each row keeps its scores and pictures in a folder of out.
 
     Among the scores are the SECONDS that a row took (one that was stopped: since it went on; the first row with a prior
     also draws the class). A later call that only reads them gives the same.
 
-    judge_by: makes a judge from real pictures: `SubjectJudge` with its feature spaces. CLIP-I, DINO and PRES are taken
-    against the test views; "CLIP-I to others" against the other vendors' drawings, which tells whether the thing was
-    learnt, or one drawing of it. Views with masks are cut out, over white, to learn from and to judge by: of four views
-    on four grounds a small model learns the grounds first.
+    scorer_for: makes a scorer from real pictures: `SubjectScorer` with its feature spaces. CLIP-I, DINO and PRES are
+    taken against the test views; "CLIP-I to others" against the other vendors' drawings, which tells whether the thing
+    was learnt, or one drawing of it. Views with masks are cut out, over white, to learn from and to be scored by: of
+    four views on four grounds a small model learns the grounds first.
     """
     named, photos = with_article(class_word), {}
     if (folder / "masks" / "train").is_dir() != (folder / "masks" / "test").is_dir():
         raise ValueError(
-            f"{folder / 'masks'} has masks of train/ or of test/: give both or none, to judge what is learnt"
+            f"{folder / 'masks'} has masks of train/ or of test/: give both or none, to score what is learnt"
         )
     for part in ("train", "test", *(["other"] if (folder / "other").is_dir() else [])):
         masks = folder / "masks" / part
@@ -136,28 +131,28 @@ def compare(
         photos[part] = cut_out(whole.first(plan.views) if part == "train" else whole)
     real, test = images_of(photos["train"]), images_of(photos["test"])
     others = images_of(photos["other"]) if "other" in photos else []
-    judge, judge_of_others = judge_by(test), judge_by(others) if others else None
+    scorer, scorer_of_others = scorer_for(test), scorer_for(others) if others else None
     files = {part: of_part.digest for part, of_part in photos.items()}
     models = [network_digest(network) for network in (sd.unet, sd.text_encoder, sd.vae)]
 
     def row(name: str, config: object, draw: Callable[[Path], tuple[list, list, list]]) -> Scores:
-        place = place_of(out, name)
-        known = {"models": models, "judge": judge.spaces, "class": class_word, "files": files}
+        finished_in = folder_of(out, name)
+        known = {"models": models, "judge": scorer.spaces, "class": class_word, "files": files}
         made = {"plan": asdict(plan), "config": config, **known}
         digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        if (finished := _read(place / "scores.json", digest)) is not None:
+        if (finished := _read(finished_in / "scores.json", digest)) is not None:
             return finished
-        began, work = time.monotonic(), place / f"training-{digest}"
+        began, work = time.monotonic(), finished_in / f"training-{digest}"
         images, prompts, of_class = draw(work)
-        scores = judge.scores(images, prompts, **({"class_images": of_class} if of_class else {}))
-        if judge_of_others is not None and name != OTHERS:
-            scores[TRANSFER] = judge_of_others.each(images, prompts)["CLIP-I"].mean().item()
+        scores = scorer.scores(images, prompts, **({"class_images": of_class} if of_class else {}))
+        if scorer_of_others is not None and name != OTHERS:
+            scores[TRANSFER] = scorer_of_others.each(images, prompts)["CLIP-I"].mean().item()
         sheet = captioned(images, prompts, columns=plan.seeds)
-        write_whole(place / "pictures.png", lambda file: sheet.save(file, "PNG"))
-        write_whole(place / "first.png", lambda file: images[0].save(file, "PNG"))
+        write_whole(finished_in / "pictures.png", lambda file: sheet.save(file, "PNG"))
+        write_whole(finished_in / "first.png", lambda file: images[0].save(file, "PNG"))
         scores[SECONDS] = time.monotonic() - began
         text = json.dumps({"digest": digest, "scores": scores}, indent=1) + "\n"
-        write_whole(place / "scores.json", lambda file: file.write(text.encode()))  # last: then the row is whole
+        write_whole(finished_in / "scores.json", lambda file: file.write(text.encode()))  # last: then the row is whole
         for heavy in ("state.safetensors", "model.safetensors", "class.safetensors"):
             (work / heavy).unlink(missing_ok=True)
         return scores
@@ -169,23 +164,10 @@ def compare(
         of_class = model.txt2img(named, **vars(replace(plan.settings, num_images=plan.class_pictures, seed=1000)))
         return images, shown, of_class
 
-    def learnt(config) -> Callable[[Path], tuple[list, list, list]]:
+    def learnt(method: Method, config: Any) -> Callable[[Path], tuple[list, list, list]]:
         def draw(work: Path) -> tuple[list, list, list]:
-            seen = photos["train"]
-            if isinstance(config, TextualInversionConfig):
-                vectors = train_textual_inversion(sd, seen, work, config, run, group)
-                model = _copy(sd)
-                model.add_embedding(config.subject.token, vectors)
-                found = drawn(model, config.subject.token)
-            elif isinstance(config, LoRAConfig):
-                train_lora(sd, seen, work, config, run, group, class_folder=out.parent / "class")
-                model = _copy(sd)
-                model.load_lora(work / "lora.safetensors")
-                found = drawn(model, config.subject.phrase)
-            else:
-                model = train_dreambooth(sd, seen, work, config, run, group, class_folder=out.parent / "class")
-                found = drawn(model, config.subject.phrase)
-            return found
+            result = method.train(sd, photos["train"], work, config, run, group, class_folder=out.parent / "class")
+            return drawn(method.apply(sd, result, work, config), method.phrase(config.subject))
 
         return draw
 
@@ -194,9 +176,9 @@ def compare(
     for name, shown in ((CEILING, real), (OTHERS, others)):
         if shown:
             rows[name] = row(name, None, lambda work, shown=shown: (shown, [class_word] * len(shown), []))
-    for method in plan.methods():
-        config = method.config(class_word)
-        rows[method.name] = row(method.name, asdict(config), learnt(config))
+    for lesson in plan.lessons():
+        config = lesson.config(class_word)
+        rows[lesson.name] = row(lesson.name, asdict(config), learnt(lesson.method, config))
     return rows
 
 
@@ -212,18 +194,13 @@ def images_of(photos: Photos) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in photos.pixels[:, 0]]
 
 
-def place_of(out: Path, row: str) -> Path:
+def folder_of(out: Path, row: str) -> Path:
     return out / re.sub(r"[^a-z]+", "-", row)
-
-
-def _copy(sd: StableDiffusion) -> StableDiffusion:
-    """A model with a text encoder and a U-Net of its own, to which words and LoRAs can be added."""
-    return with_networks(sd, unet=copied(sd.unet, learn=False), text=copied(sd.text_encoder, learn=False))
 
 
 def _read(path: Path, digest: str) -> Scores | None:
     """The scores of a finished row, if it was made in this way."""
     if not path.exists():
         return None
-    said = json.loads(path.read_text(encoding="utf-8"))
-    return said["scores"] if said["digest"] == digest else None
+    row = json.loads(path.read_text(encoding="utf-8"))
+    return row["scores"] if row["digest"] == digest else None

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from minisd.eval.comparison import CEILING, FLOOR, NO_PRIOR, OTHERS, TRANSFER, Comparison, Scores, place_of
+from minisd.eval.comparison import CEILING, FLOOR, NO_PRIOR, OTHERS, TRANSFER, Comparison, Scores, folder_of
 from minisd.eval.intervals import bootstrap, paired_bootstrap
 from minisd.eval.sheets import captioned
 from minisd.tasks.images import load_image
-from minisd.training.subject.photos import photo_paths
+from minisd.training.folders import image_paths
 
 COLUMNS = {
     "CLIP-I": "higher",
@@ -67,7 +67,7 @@ def rows_of(found: Mapping[str, Mapping[str, Scores]]) -> list[str]:
 
 def notes(plan: Comparison) -> list[str]:
     """What the table's words mean."""
-    loops = {method.name: method.config("thing").loop for method in plan.methods()}
+    loops = {method.name: method.config("thing").loop for method in plan.lessons()}
     steps = ", ".join(f"{name} {loop.steps} × {loop.batch_size} at {loop.lr:g}" for name, loop in loops.items())
     prompts = ", ".join(f'"{prompt.replace("{}", "thing")}"' for prompt in plan.prompts)
     return [
@@ -92,8 +92,8 @@ def contact_sheet(out: Path, subjects: Mapping[str, Path], found: Mapping[str, M
     rows = [row for row in rows_of(found) if row != CEILING]
     images, texts = [], []
     for subject, folder in subjects.items():
-        drawn = {row: place_of(out / subject, row) / "first.png" for row in rows if row in found[subject]}
-        for text, path in {subject: photo_paths(folder / "train")[0], **{row: drawn.get(row) for row in rows}}.items():
+        drawn = {row: folder_of(out / subject, row) / "first.png" for row in rows if row in found[subject]}
+        for text, path in {subject: image_paths(folder / "train")[0], **{row: drawn.get(row) for row in rows}}.items():
             image = Image.new("RGB", images[0].size, "white") if path is None else load_image(path).convert("RGB")
             images.append(image if not images else image.resize(images[0].size))
             texts.append(text)

@@ -44,8 +44,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def _windowed(x: Tensor) -> Tensor:
     """The weighted mean under every window that lies wholly inside."""
-    place = torch.arange(SIDE, dtype=x.dtype, device=x.device) - SIDE // 2
-    weights = torch.exp(-(place**2) / (2 * SIGMA**2))
+    offset = torch.arange(SIDE, dtype=x.dtype, device=x.device) - SIDE // 2
+    weights = torch.exp(-(offset**2) / (2 * SIGMA**2))
     weights = (weights / weights.sum()).expand(x.shape[1], 1, 1, SIDE)
     x = F.conv2d(x, weights, groups=x.shape[1])
     return F.conv2d(x, weights.transpose(2, 3), groups=x.shape[1])

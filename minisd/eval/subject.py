@@ -13,14 +13,14 @@ from torch import Tensor
 from minisd.eval.features import CLIPFeatures, DINOFeatures, Images, cosine
 
 
-class SubjectJudge:
+class SubjectScorer:
     """Scores pictures that a model drew of a subject against real pictures of it.
 
     clip: `CLIPFeatures.of(sd)`, the model's own small one, or an official CLIP. real_images: of the subject, not those
     that it was trained on. dino: `DINOFeatures.load(file)`; without it DINO is missing from the scores, and PRES and
     DIV are measured in CLIP's space. `spaces` says for every score where it was measured.
 
-    A judge that was trained with the model is no neutral one, and a mini CLIP sees little: compare its scores with
+    A scorer that was trained with the model is no neutral one, and a mini CLIP sees little: compare its scores with
     each other, and with the floor and the ceiling of the same table, never with a paper's.
     """
 

@@ -9,6 +9,7 @@ from typing import Literal
 from minisd import __version__
 from minisd.config import Prediction, from_dict
 from minisd.tasks import TASKS, Options
+from minisd.tasks.options import OLDER_NAMES
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,9 @@ def from_json(text: str) -> tuple[Call, int]:
     return call, index
 
 
-RENAMED = {  # options by the names that they had when records held them in two groups
-    "convention": "prompt_syntax",
-    "two_pass": "hires_fix",
-    "tile": "vae_tiling",
-    "variation": "variation_strength",
-}
-
-
 def _older(values: dict) -> dict:
     """The options of a record that was written before they were one group."""
-    options = {RENAMED.get(name, name): v for name, v in {**values["arguments"], **values["settings"]}.items()}
+    options = {OLDER_NAMES.get(name, name): v for name, v in {**values["arguments"], **values["settings"]}.items()}
     if not options.get("eta"):  # then 0 stood for the sampler's own
         options["eta"] = None
     return options

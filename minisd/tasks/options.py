@@ -104,6 +104,13 @@ class Options:
         ]
 
 
+OLDER_NAMES = {  # in records and configs that were written before
+    "convention": "prompt_syntax",
+    "two_pass": "hires_fix",
+    "tile": "vae_tiling",
+    "variation": "variation_strength",
+}
+
 Chosen = TypeVar("Chosen", bound=Options)
 
 

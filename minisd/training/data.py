@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,7 @@ from torch import Tensor
 from minisd.tasks.images import load_image, to_tensor, to_uint8
 from minisd.training.captions import compose
 from minisd.training.draws import Draws
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+from minisd.training.folders import captions_beside, image_paths, read_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,27 +136,13 @@ def load_plain(folder: Path, size: int) -> Pictures:
     Upright (EXIF), in 8 bits, of animations the first frame, transparent parts over white. A text beside a picture
     (cat.png, cat.txt) holds its captions, one a line. What cannot be read is left out with a warning that names it.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    pixels, captions, names, broken = [], [], [], []
+    images = read_all(image_paths(folder, recursive=True), lambda path: _square(path, size), folder)
+    captions = tuple(captions_beside(path) for path in images)
+    names = tuple(path.relative_to(folder).as_posix() for path in images)
     digest = hashlib.sha256(str(size).encode())
-    for path in paths:
-        try:
-            picture = _square(path, size)
-        except ValueError as error:
-            broken.append(str(error))
-            continue
-        text = path.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
-        pixels.append(picture)
-        captions.append(tuple(line.strip() for line in lines if line.strip()))
-        names.append(path.relative_to(folder).as_posix())
-        digest.update(repr((names[-1], captions[-1])).encode() + picture.tobytes())
-    for reason in broken:
-        warnings.warn(f"left out: {reason}", stacklevel=3)
-    if not pixels:
-        left_out = f"; {len(broken)} were left out, first: {broken[0]}" if broken else ""
-        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}){left_out}")
-    return Pictures(np.stack(pixels), tuple(captions), tuple(names), digest.hexdigest()[:16])
+    for name, texts, image in zip(names, captions, images.values(), strict=True):
+        digest.update(repr((name, texts)).encode() + image.tobytes())
+    return Pictures(np.stack(list(images.values())), captions, names, digest.hexdigest()[:16])
 
 
 def _square(path: Path, size: int) -> np.ndarray:

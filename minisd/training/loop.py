@@ -27,7 +27,7 @@ from minisd.runtime.optimize import channels_last, optimize
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
 from minisd.training.optimizers import build_optimizers
-from minisd.training.options import LoopConfig, Run
+from minisd.training.options import LoopConfig, TrainingRun
 from minisd.training.parallel import Processes
 from minisd.training.progress import Progress
 from minisd.training.state import load_state, save_state
@@ -60,7 +60,7 @@ def train(
     recipe: Recipe,
     config: LoopConfig,
     folder: str | os.PathLike,
-    run: Run,
+    run: TrainingRun,
     group: Processes,
     settings: dict[str, Any],
 ) -> None:
@@ -72,7 +72,7 @@ def train(
     Ctrl-C the step is finished and the state saved, then KeyboardInterrupt says so.
     """
     folder, device = Path(folder), group.device
-    group.check(config.batch_size, config.accumulate)
+    group.check(config.batch_size, config.gradient_accumulation)
     networks = recipe.networks.to(device).train()
     # as sampling lays them out: moments take the weights' layout, which no sheet may then change under them
     channels_last(optimize(networks))
@@ -83,7 +83,7 @@ def train(
 
     def losses(step: int, part: int) -> dict[str, Tensor]:
         """Those of one micro-batch of this process."""
-        rows = group.rows(config.batch_size, part, config.accumulate)
+        rows = group.rows(config.batch_size, part, config.gradient_accumulation)
         chosen = examples(config.seed, step, config.batch_size, len(recipe))[rows]
         draws = Draws(config.seed, step, config.batch_size, rows, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -105,19 +105,19 @@ def train(
                 parameters["lr"] = learning_rate(config, step) * parameters["relative_lr"]
 
             values: dict[str, Tensor] = {}
-            for part in range(config.accumulate):
-                found = losses(step, part)
-                (found["loss"] / config.accumulate).backward()
-                for name, value in found.items():
-                    values[name] = values.get(name, 0) + value.detach().float() / config.accumulate
+            for part in range(config.gradient_accumulation):
+                scalars = losses(step, part)
+                (scalars["loss"] / config.gradient_accumulation).backward()
+                for name, value in scalars.items():
+                    values[name] = values.get(name, 0) + value.detach().float() / config.gradient_accumulation
 
             group.average_([p.grad for p in networks.parameters() if p.grad is not None])
             group.average_(list(values.values()))
             norms = [nn.utils.clip_grad_norm_(network.parameters(), config.clip) for network in networks.values()]
-            # a network without gradients yet (the VAE's rival before its start) has a norm of 0 on the CPU
+            # a network without gradients yet (the VAE's discriminator before its start) has a norm of 0 on the CPU
             values["gradient"] = torch.stack([norm.to(device) for norm in norms]).norm()
             if not torch.stack(list(values.values())).isfinite().all():
-                again = [lambda part=part: losses(step, part) for part in range(config.accumulate)]  # noqa: B023
+                again = [lambda part=part: losses(step, part) for part in range(config.gradient_accumulation)]  # noqa: B023
                 raise Diverged(_divergence(recipe, values, step, again, state))
             for optimizer in optimizers:
                 optimizer.step()
@@ -177,10 +177,10 @@ def _culprit(recipe: Recipe, again: list[Callable[[], dict]]) -> str:
             return f"the layer {layer}"
     recipe.networks.zero_grad()
     for run in again:
-        found = run()
-        if not found["loss"].isfinite():
+        scalars = run()
+        if not scalars["loss"].isfinite():
             return "the loss itself: every layer's output is finite"
-        found["loss"].backward()
+        scalars["loss"].backward()
     bad = [n for n, p in recipe.networks.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     # the backward pass runs from the last layer to the first
     return f"the gradient of {bad[-1]}" if bad else "what another process computed"

@@ -16,9 +16,9 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019), which shrinks matrices and kernels only; with config.muon Muon for those.
 
-    One of a kind for all networks, rivals too: neither looks at more than one weight at a time, and each weight has the
-    gradient of its own loss. A group's learning rate is that of the step times its "relative_lr". processes: all that
-    train these networks, for whom gradients are averaged before a step.
+    One of a kind for all networks, discriminators too: neither looks at more than one weight at a time, and each weight
+    has the gradient of its own loss. A group's learning rate is that of the step times its "relative_lr". processes:
+    all that train these networks, for whom gradients are averaged before a step.
     """
     tables = {id(m.weight) for m in networks.modules() if isinstance(m, nn.Embedding)}
     learnt = [p for p in networks.parameters() if p.requires_grad]

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from minisd.config import from_dict
+from minisd.tasks.options import OLDER_NAMES
 
 
 @dataclass(frozen=True)
@@ -16,27 +17,26 @@ class LoopConfig:
     """How long and how fast a recipe learns.
 
     Attributes:
-        steps: updates of the weights.
-        batch_size: examples per update, over all processes and micro-batches together.
-        accumulate: micro-batches per process and update; more need less memory, and change the result by rounding only
-            (beside a rival, whose weight is found for each, by more).
-        lr: the learning rate of AdamW after the warm-up.
-        muon: that of Muon, which then moves matrices and kernels (`optimizers.Muon`); null leaves all to AdamW.
-        warmup: steps in which the rate rises linearly.
-        decay: what the rate does then: stays, or falls to 0 along half a cosine.
-        cycles: how often the rate goes through warm-up and decay, in equal parts of the steps (warm restarts). A model
-            is at its best at the end of each.
+        steps: training steps (optimizer updates).
+        batch_size: images per step, over all processes and accumulated micro-batches together.
+        gradient_accumulation: micro-batches per step and process: less memory, results equal but for rounding (beside a
+            discriminator, whose weight is computed for each micro-batch, by more).
+        lr: peak learning rate of AdamW.
+        muon: learning rate of Muon for matrices and kernels, AdamW for the rest; null trains all with AdamW.
+        warmup: steps of linear learning-rate warm-up.
+        decay: learning-rate schedule after the warm-up: constant, or cosine down to 0.
+        cycles: learning-rate cycles (warm restarts), equal parts of the steps; a model is best at the end of one.
         betas: of AdamW.
         weight_decay: of matrices and kernels; norms, biases and embeddings have none.
-        clip: the most that the gradient's norm may be, for each network.
-        ema: the decay of the average of the weights; none when null.
-        precision: bfloat16 computes under autocast, with float32 weights.
-        seed: of everything random.
+        clip: gradient clipping: the largest norm, for each network.
+        ema: decay of the weights' exponential moving average; null for none.
+        precision: bfloat16 is mixed precision: autocast, with float32 master weights.
+        seed: random seed of initial weights, noise, times and data order.
     """
 
     steps: int = 1000
     batch_size: int = 32
-    accumulate: int = 1
+    gradient_accumulation: int = 1
     lr: float = 1e-4
     muon: float | None = None
     warmup: int = 100
@@ -51,23 +51,23 @@ class LoopConfig:
 
     def __post_init__(self):
         if self.steps < 1 or not self.lr > 0 or not self.clip > 0 or not (self.muon is None or self.muon > 0):
-            said = f"steps={self.steps}, lr={self.lr}, muon={self.muon}, clip={self.clip}"
-            raise ValueError(f"{said}: all of them are above 0")
+            values = f"steps={self.steps}, lr={self.lr}, muon={self.muon}, clip={self.clip}"
+            raise ValueError(f"{values}: all of them are above 0")
         if self.cycles < 1 or self.steps % self.cycles:
             raise ValueError(f"{self.steps} steps in {self.cycles} cycles: the steps must divide into equal ones")
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """How a training is carried out and watched. Nothing but the device, which draws its own noise, changes a weight.
 
     Attributes:
-        device: cpu, cuda … Under torchrun each process takes its own GPU.
-        save_every: steps between two states; a crash costs as many.
-        log_every: steps between two lines of the log.
-        sample_every: steps between two sheets of samples; 0 for none but the last.
+        device: cpu, cuda, cuda:1 …; under torchrun each process takes its own GPU.
+        save_every: steps between training states (checkpoints to resume from).
+        log_every: steps between lines of the log.
+        sample_every: steps between sample sheets; 0 draws one at the end only.
         quiet: no progress bar.
-        tensorboard: also write the log and the sheets for TensorBoard (pip install 'minisd[tensorboard]').
+        tensorboard: also log to TensorBoard (pip install 'minisd[tensorboard]').
     """
 
     device: str = "cpu"
@@ -78,7 +78,7 @@ class Run:
     tensorboard: bool = False
 
 
-RUN = Run()
+RUN = TrainingRun()
 
 Config = TypeVar("Config")
 
@@ -88,7 +88,22 @@ def changed(config: Config, changes: Mapping) -> Config:
 
     changes: {"unet": {"loop": {"steps": 100}}}, only what differs.
     """
-    return from_dict(type(config), _merged(asdict(config), changes))
+    return from_dict(type(config), _merged(asdict(config), renamed(changes)))
+
+
+# Fields as they were called before, in the states and JSON files of trainings from then → as they are called now.
+RENAMED = OLDER_NAMES | {
+    "recompute": "gradient_checkpointing",
+    "accumulate": "gradient_accumulation",
+    "judge": "scorer",
+}
+
+
+def renamed(values: Any) -> Any:
+    """The same plain values with every field under its present name."""
+    if isinstance(values, Mapping):
+        return {RENAMED.get(name, name): renamed(value) for name, value in values.items()}
+    return values
 
 
 def _merged(old: Mapping, new: Mapping) -> dict:

@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Processes:
         """ValueError where the batch has no equal parts: their means would not average to the batch's."""
         if parts < 1 or batch < 1 or batch % (self.count * parts):
             raise ValueError(
-                f"batch_size {batch} cannot be cut into {self.count} process(es) × accumulate {parts} equal parts: "
-                f"use a multiple of {max(self.count * parts, 1)}"
+                f"batch_size {batch} cannot be cut into {self.count} process(es) × gradient_accumulation {parts} equal "
+                f"parts: use a multiple of {max(self.count * parts, 1)}"
             )
 
     @torch.no_grad()
@@ -72,26 +73,10 @@ class Processes:
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows 'b d' of all processes, '(count b) d', in the order of the batch; gradients flow back to each."""
-        return x if self.count == 1 else _Gather.apply(x, self)
+        return x if self.count == 1 else torch.cat(all_gather(x.contiguous()))
 
 
 ALONE = Processes()
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, processes: Processes) -> Tensor:
-        ctx.processes = processes
-        parts = [torch.empty_like(x) for _ in range(processes.count)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        # every process has the loss of the whole batch, so a row's gradient is the sum of what all of them say of it
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(ctx.processes.count)[ctx.processes.rank], None
 
 
 @contextmanager

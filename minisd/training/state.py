@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
 from minisd.training.ema import EMA
+from minisd.training.options import renamed
 
 KEY = "minisd_training"  # in the metadata: the step, and the settings that made the state
 
@@ -53,8 +54,8 @@ def load_state(
     if KEY not in file.metadata:
         raise CheckpointError(f"{path}: it is no state of a training: remove it, or train into another folder")
     file.verify()
-    said = json.loads(file.metadata[KEY])
-    if differences := differing(said["settings"], json.loads(json.dumps(settings))):
+    metadata = json.loads(file.metadata[KEY])
+    if differences := differing(renamed(metadata["settings"]), json.loads(json.dumps(settings))):
         raise ValueError(
             f"{path} is of another training: {'; '.join(differences[:5])}. Give the old values to go on with it, or "
             "another folder to start anew"
@@ -84,7 +85,7 @@ def load_state(
             if named[weight] in moments
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return said["step"]
+    return metadata["step"]
 
 
 def learnt_weights(networks: nn.Module) -> dict[str, nn.Parameter]:

@@ -51,7 +51,7 @@ def copied(network: nn.Module, *, learn: bool, half: bool = False) -> nn.Module:
     return deepcopy(network, memo)
 
 
-def recompute(blocks: Iterable[nn.Module]) -> None:
+def checkpoint_gradients(blocks: Iterable[nn.Module]) -> None:
     """Gradient checkpointing (Chen et al. 2016): keep the blocks' inputs only, and run each again when its gradient is
     due. A third more work; the same numbers. It shadows `forward` on these instances; weights and names stay.
     """

@@ -14,7 +14,7 @@ from minisd.checkpoints.detect import Part
 from minisd.checkpoints.diffusers_layout import EXTRA
 from minisd.checkpoints.doctor.inspection import Inspection, Network, bytes_text
 from minisd.checkpoints.evidence import evidence_of
-from minisd.checkpoints.families import BASES, model_config, presets_of, task_of
+from minisd.checkpoints.families import BASES, model_config, presets_of
 from minisd.checkpoints.files import CheckpointError
 from minisd.checkpoints.load import foreign_tensors
 from minisd.checkpoints.networks import NETWORKS
@@ -158,7 +158,7 @@ def _inputs(config: ModelConfig) -> str:
     unet, kinds = (
         config.unet,
         {
-            "depth": "latents and a depth map",
+            "depth-to-image": "latents and a depth map",
             "upscaling": "latents and the low-resolution image",
             "pix2pix": "latents and those of the image to edit",
             "inpainting": "latents, the mask and the masked image's latents",
@@ -166,7 +166,7 @@ def _inputs(config: ModelConfig) -> str:
     )
     others = "latents" if unet.in_channels == unet.out_channels else "latents and others"
     y = "; y is a noise level" if unet.num_classes else "; y is an image embedding" if unet.vector_dim else ""
-    return f"{unet.in_channels} channels: {kinds.get(task_of(config), others)}{y}"
+    return f"{unet.in_channels} channels: {kinds.get(config.task, others)}{y}"
 
 
 def _tokens(inspection: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
@@ -230,7 +230,7 @@ def _how_to_run(inspection: Inspection, opened: Opened) -> None:
     if {"vae", "text"} <= set(opened.contents.parts) and inspection.ok:
         config = _config(opened)
         latents_only = config.unet.in_channels == config.unet.out_channels and not config.unet.vector_dim
-        command = "inpaint" if task_of(config) == "inpainting" else "txt2img" if latents_only else ""
+        command = "inpaint" if config.task == "inpainting" else "txt2img" if latents_only else ""
         if command:
             start = "" if inspection.needs else "nothing else: "
             inspection.needs.append(f'{start}minisd {command} "a red apple" --checkpoint {opened.path}')

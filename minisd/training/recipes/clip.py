@@ -18,7 +18,7 @@ from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws
 from minisd.training.loop import train
 from minisd.training.loss import contrastive_loss
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.recipes.vocabulary import Rows
 from minisd.training.weights import seeded
@@ -33,7 +33,7 @@ class CLIPRecipeConfig:
     Attributes:
         text: the text tower; both towers need the same projection_dim.
         vision: the vision tower; pictures are resized to its image_size.
-        loop: the training loop; accumulate stays 1, since a batch's pairs compete with each other.
+        loop: the training loop; gradient_accumulation stays 1, since a batch's pairs compete with each other.
         unknown: share of tokens shown as `unknown`, which teaches the row of all words that no caption has.
         keep: words to keep rows for though no caption has them.
         augmentation: how pictures are varied.
@@ -47,8 +47,8 @@ class CLIPRecipeConfig:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self):
-        if self.loop.accumulate != 1:
-            raise ValueError("a contrastive batch cannot be cut into micro-batches: set accumulate to 1")
+        if self.loop.gradient_accumulation != 1:
+            raise ValueError("a contrastive batch cannot be cut into micro-batches: set gradient_accumulation to 1")
         if self.text.projection_dim is None or self.text.projection_dim != self.vision.projection_dim:
             raise ValueError(
                 f"the towers meet in one space: projection_dim is {self.text.projection_dim} for text, "
@@ -135,7 +135,7 @@ def train_clip(
     pictures: Pictures,
     folder: str | os.PathLike,
     config: CLIPRecipeConfig,
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
 ) -> CLIP:
     """The trained towers, averaged, on the run's device."""

@@ -29,8 +29,9 @@ from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
 from minisd.training.improved_ddpm import hybrid_loss
 from minisd.training.loop import train
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
+from minisd.training.recipes import TrainingRecipe
 from minisd.training.weights import seeded
 
 KEY = "minisd_ddpm"  # in the metadata: the config
@@ -41,12 +42,12 @@ class DDPMConfig:
     """The network and how it learns.
 
     Attributes:
-        size: the side of the pictures.
+        size: image resolution (side in pixels); images are center-cropped and resized.
         unet: the network; without words its context is one empty token.
-        schedule: of the noise; linear (1e-4 to 0.02, the paper's) or cosine.
-        learned_variance: predict variances, too, by the hybrid loss of Nichol & Dhariwal 2021.
+        schedule: the noise schedule: linear (1e-4 to 0.02, the paper's) or cosine.
+        learned_variance: learn the variance, too, by the hybrid loss of Nichol & Dhariwal 2021.
         loop: the training loop.
-        augmentation: how pictures are varied.
+        augmentation: data augmentation.
     """
 
     size: int = 32
@@ -149,7 +150,7 @@ def train_ddpm(
     pictures: Pictures,
     folder: str | os.PathLike,
     config: DDPMConfig = DDPMConfig(),
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
 ) -> DDPM:
     """The trained model, averaged; also in folder/ddpm.safetensors, with its config in the metadata."""
@@ -178,3 +179,11 @@ def load_ddpm(path: str | os.PathLike, *, device: str | torch.device = "cpu") ->
     unet = UNet(config.unet)
     unet.load_state_dict({name: file.read(name) for name in file})
     return DDPM(unet.to(device).eval().requires_grad_(False), config)
+
+
+RECIPE = TrainingRecipe(
+    config=lambda device: DDPMConfig(),
+    train=train_ddpm,
+    resolution=lambda config: config.size,
+    writes="ddpm.safetensors",
+)

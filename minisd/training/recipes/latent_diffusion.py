@@ -28,9 +28,9 @@ from minisd.training.data import Pictures
 from minisd.training.draws import Draws
 from minisd.training.loop import train
 from minisd.training.loss import min_snr_weights
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
-from minisd.training.weights import recompute, seeded
+from minisd.training.weights import checkpoint_gradients, seeded
 
 CACHE = "cache.safetensors"
 
@@ -40,20 +40,20 @@ class LatentDiffusionConfig:
     """The U-Net and how it learns.
 
     Attributes:
-        model: the whole model; its VAE and text encoder are trained already and stay as they are.
+        model: the whole model; its VAE and text encoder are frozen.
         loop: the training loop.
-        caption_dropout: share of pictures shown with the empty caption, which guidance needs.
-        min_snr: γ of min-SNR weighting (the paper's is 5); null weighs all times alike.
-        recompute: gradient checkpointing: a third more work, much less memory.
+        caption_dropout: share of images trained with the empty caption, which classifier-free guidance needs.
+        min_snr: γ of min-SNR loss weighting (the paper's is 5); null weighs all times alike.
+        gradient_checkpointing: a third more computation, much less memory; results are the same.
         prompts: of the sample sheets; none are drawn when empty.
-        guidance_scale: of the sample sheets.
+        guidance_scale: classifier-free guidance (CFG) scale of the sample sheets.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     caption_dropout: float = 0.1
     min_snr: float | None = None
-    recompute: bool = False
+    gradient_checkpointing: bool = False
     prompts: tuple[str, ...] = ("a red apple", "a cat", "a dog", "a house", "a rocket", "a flower", "a fish", "a heart")
     guidance_scale: float = 4.0
 
@@ -93,8 +93,8 @@ class LatentDiffusionRecipe:
         self.schedule = build_schedule(config.model.schedule)
         with seeded("unet", config.loop.seed):
             self.unet = UNet(config.model.unet)
-        if config.recompute:
-            recompute(self.unet.slots())
+        if config.gradient_checkpointing:
+            checkpoint_gradients(self.unet.slots())
         self.networks = nn.ModuleDict({"unet": self.unet})
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class LatentDiffusionRecipe:
         x_0 = mean + std * draws.normal(*mean.shape[1:])
         noise = draws.normal(*mean.shape[1:])
         x_t = schedule.q_sample(x_0, t, noise)
-        target = {"eps": noise, "v": schedule.v_target(x_0, t, noise), "x_0": x_0}[prediction]
+        target = schedule.target(x_0, t, noise, prediction)
         output = self.unet(x_t, t, Conditioning(context)).float()
 
         error = per_image((output - target) ** 2)
@@ -135,7 +135,7 @@ def train_latent_diffusion(
     text: CLIPText,
     folder: str | os.PathLike,
     config: LatentDiffusionConfig,
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
     *,
     start: UNet | None = None,
@@ -158,7 +158,7 @@ def train_latent_diffusion(
             save_cache(folder / CACHE, cache, digest)
     recipe = LatentDiffusionRecipe(vae.to(group.device), text.to(group.device), cache.to(group.device), config)
     # where memory is saved is no part of the result
-    settings = {"recipe": asdict(replace(config, recompute=False)), "data": digest}
+    settings = {"recipe": asdict(replace(config, gradient_checkpointing=False)), "data": digest}
     if start is not None:
         recipe.unet.load_state_dict(start.state_dict())
         settings["start"] = network_digest(start)

@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisd.checkpoints.load import Checkpoint, load_network
+from minisd.checkpoints.load import load_network
 from minisd.checkpoints.networks import WHOLE
 from minisd.checkpoints.opening import open_checkpoint
-from minisd.checkpoints.save import save_checkpoint
+from minisd.checkpoints.save import save_networks
 from minisd.config import MINI, ModelConfig
 from minisd.files import write_whole
+from minisd.stable_diffusion import StableDiffusion
 from minisd.training.data import Augmentation, Pictures
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
+from minisd.training.recipes import TrainingRecipe
 from minisd.training.recipes.clip import CLIPRecipeConfig, train_clip
 from minisd.training.recipes.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
 from minisd.training.recipes.vae import VAERecipeConfig, train_vae
@@ -41,8 +43,8 @@ class MiniConfig:
         clip: the text and the vision tower.
         unet: the U-Net. Its model's vae, text and vision are filled in with those trained before it.
         half: whether the weights are saved in float16.
-        start: files of other trainings, vae.safetensors, clip.safetensors or whole models: a VAE and a CLIP in them are
-            taken as they are instead of trained, a U-Net learns on from there.
+        start: checkpoints to start from (vae.safetensors, clip.safetensors, whole models): a VAE and a CLIP in them are
+            used as they are, a U-Net is fine-tuned.
     """
 
     vae: VAERecipeConfig = field(default_factory=VAERecipeConfig)
@@ -99,9 +101,9 @@ def train_mini(
     pictures: Pictures,
     folder: str | os.PathLike,
     config: MiniConfig,
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
-) -> Checkpoint:
+) -> StableDiffusion:
     """All three recipes, in subfolders of `folder`; then folder/mini.safetensors, in the original's layout.
 
     What is finished is only loaded, so the same call takes an interrupted training up again. It also is kept for other
@@ -120,7 +122,7 @@ def train_mini(
     def save(path: Path, networks: dict[str, nn.Module], **options) -> None:
         if group.is_first:
             networks = {name: in_half(network) for name, network in networks.items()} if config.half else networks
-            save_checkpoint(Checkpoint(model, networks, {}, [], "minisd trained it so", **options), path, fold=True)
+            save_networks(networks, model, path, fold=True, evidence="minisd trained it so", **options)
 
     if (vae := given.get("vae")) is None:
         vae = train_vae(pictures, folder / "vae", config.vae, run, group)
@@ -146,7 +148,7 @@ def train_mini(
     if group.is_first:
         text = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
         write_whole(folder / "mini.json", lambda file: file.write(text.encode()))
-    return Checkpoint(model, networks, {}, [], "minisd trained it so", global_step=steps)
+    return StableDiffusion(unet, vae, clip["text"], config=model, vision_encoder=clip["vision"])
 
 
 def networks_in(paths: Sequence[str | os.PathLike], model: ModelConfig) -> tuple[dict[str, nn.Module], int]:
@@ -164,14 +166,14 @@ def networks_in(paths: Sequence[str | os.PathLike], model: ModelConfig) -> tuple
         if len({"text", "vision"}.intersection(held)) == 1:
             raise ValueError(f"{path} holds half of a CLIP: text encoder and vision tower are taken over together")
         if "unet" in held:
-            said = opened.config
-            if said is None:
+            stored = opened.config
+            if stored is None:
                 raise ValueError(
                     f"{path} does not say how its U-Net was trained, as the files of minisd's trainings do"
                 )
             learnt, asked = (
                 {"unet": asdict(c.unet), "prediction": c.prediction, "schedule": asdict(c.schedule)}
-                for c in (said, model)
+                for c in (stored, model)
             )
             if other := differing(learnt, asked):
                 raise ValueError(f"{path}: the U-Net to start from is another than the plan's: {'; '.join(other)}")
@@ -185,3 +187,11 @@ def networks_in(paths: Sequence[str | os.PathLike], model: ModelConfig) -> tuple
 def in_half(network: nn.Module) -> nn.Module:
     """A copy of a network in float16; the weight stays what it was."""
     return deepcopy(network).half()
+
+
+RECIPE = TrainingRecipe(
+    config=lambda device: mini_config(gpu=device.startswith("cuda")),
+    train=train_mini,
+    resolution=lambda config: config.unet.model.image_size,
+    writes=FILE,
+)

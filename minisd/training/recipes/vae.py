@@ -1,4 +1,4 @@
-"""Recipe: the autoencoder (Rombach et al. 2022, section 3.1), with or without a rival that judges its patches."""
+"""Recipe: the autoencoder (Rombach et al. 2022, section 3.1), with or without a patch discriminator (GAN)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
 from minisd.training.loop import train
 from minisd.training.loss import adaptive_weight, gradient_loss, hinge_loss, kl_to_standard
-from minisd.training.options import RUN, LoopConfig, Run
+from minisd.training.options import RUN, LoopConfig, TrainingRun
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.recipes.patchgan import PatchDiscriminator
 from minisd.training.weights import seeded
@@ -40,9 +40,9 @@ class VAERecipeConfig:
         pixel: the error of a pixel value: l1, or l2 squared.
         gradient_weight: of the error of neighbouring pixels' differences, which keeps edges sharp.
         kl_weight: of the divergence of the latents from N(0, I): small, it only keeps them from drifting apart.
-        gan_weight: of the rival's verdict, relative to the gradient of the reconstruction; 0 for no rival.
-        gan_start: the step at which the rival begins.
-        gan_channels: the rival's width.
+        gan_weight: of the adversarial loss, relative to the gradient of the reconstruction; 0 for no discriminator.
+        gan_start: the step at which the discriminator begins.
+        gan_channels: the discriminator's width.
         gan_layers: how often it halves a picture: its patches have about 2^(layers + 3) pixels a side.
         decoder_loop: afterwards the decoder alone learns on, by squared error and a tenth of the edges'; as the
             official "ft-MSE" decoder did (MSE + 0.1 LPIPS). Latents stay what they were. Null leaves it out.
@@ -67,11 +67,12 @@ class VAERecipeConfig:
 
 
 class VAERecipe:
-    """reconstruction + kl_weight·KL + gan_weight·w·(-D(x̂)), and beside it the rival's hinge loss.
+    """reconstruction + kl_weight·KL + gan_weight·w·(-D(x̂)), and beside it the discriminator's hinge loss.
 
-    Both players share one backward pass: the autoencoder's loss sees the rival's weights as constants, the rival's sees
-    the reconstruction as one. w brings the rival's gradient to the size of the reconstruction's; it is that of the
-    micro-batch at hand, as in the original, so with a rival the number of processes matters beyond rounding.
+    Both players share one backward pass: the autoencoder's loss sees the discriminator's weights as constants, the
+    discriminator's sees the reconstruction as one. w brings the adversarial gradient to the size of the
+    reconstruction's; it is that of the micro-batch at hand, as in the original, so with a discriminator the number of
+    processes matters beyond rounding.
     """
 
     name = "vae"
@@ -82,7 +83,7 @@ class VAERecipe:
         least = 3 * 2**config.gan_layers if config.gan_weight else 1
         if pictures.size < least:
             raise ValueError(
-                f"a rival of {config.gan_layers} layers needs {least} px, the pictures have {pictures.size}"
+                f"a discriminator of {config.gan_layers} layers needs {least} px, the pictures have {pictures.size}"
             )
         self.pictures, self.config = pictures, config
         self.least = ceil(least / config.vae.factor)  # latents' pixels a side
@@ -116,18 +117,18 @@ class VAERecipe:
         losses = {"pixel": pixel, "edges": edges, "kl": kl}
         total = reconstruction + config.kl_weight * kl
         if config.gan_weight and draws.step >= config.gan_start:
-            adversary, rival = self._rivals(image, output)
+            adversary, discriminator = self._players(image, output)
             # nothing is differentiated where the loop looks for the cause of a NaN
             last = self.vae.decoder.conv_out.weight
             weight = adaptive_weight(reconstruction, adversary, last) if torch.is_grad_enabled() else 1.0
-            losses |= {"adversary": adversary, "rival": rival}
-            total = total + config.gan_weight * weight * adversary + rival
+            losses |= {"adversary": adversary, "discriminator": discriminator}
+            total = total + config.gan_weight * weight * adversary + discriminator
         return {"loss": total, **losses}
 
     def _moved(self, image: Tensor, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Both as they are or, for the share of steps, shrunk to a quarter at the least and turned by right angles.
 
-        Never to less than the rival can judge.
+        Never to less than the discriminator needs.
         """
         chance = generator("equivariance", self.config.loop.seed, step)
         if torch.rand((), generator=chance) >= self.config.equivariance:
@@ -141,7 +142,7 @@ class VAERecipe:
 
         return moved(image, side * self.config.vae.factor), moved(z, side)
 
-    def _rivals(self, image: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    def _players(self, image: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """What each player wants small: the autoencoder's -D(x̂) with D held, D's hinge loss with x̂ held."""
         discriminator = self.networks["discriminator"]
         held = {name: weight.detach() for name, weight in discriminator.named_parameters()}
@@ -174,7 +175,7 @@ def train_vae(
     pictures: Pictures,
     folder: str | os.PathLike,
     config: VAERecipeConfig,
-    run: Run = RUN,
+    run: TrainingRun = RUN,
     group: Processes = ALONE,
 ) -> VAE:
     """The trained autoencoder, averaged, on the run's device, its scale factor measured on its pictures."""

@@ -7,7 +7,6 @@ sd.txt2img("a sks dog in the snow")
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,17 +15,18 @@ import torch
 
 from minisd.checkpoints.save import save_checkpoint
 from minisd.stable_diffusion import StableDiffusion
-from minisd.training.options import RUN, LoopConfig, Run
-from minisd.training.parallel import ALONE, Processes
-from minisd.training.subject.photos import Photos
-from minisd.training.subject.prior import PriorConfig, drawn_class
-from minisd.training.subject.recipe import Scores, SubjectConfig, SubjectRecipe, learn, with_networks
+from minisd.training.options import LoopConfig
+from minisd.training.subject.config import SubjectConfig
+from minisd.training.subject.method import Method
+from minisd.training.subject.prior import PriorConfig
+from minisd.training.subject.recipe import SubjectRecipe, with_networks
+from minisd.training.subject.small import small_preset
 from minisd.training.weights import copied
 
 
 @dataclass(frozen=True)
 class DreamBoothConfig:
-    """What is learnt, and how. The defaults are for Stable Diffusion; small.py has others.
+    """What is learnt, and how. The defaults are for Stable Diffusion.
 
     Each weight that learns takes 16 bytes: itself, its gradient and two moments in float32. With precision bfloat16
     these are the master copies; autocast rounds them where they are multiplied.
@@ -35,8 +35,8 @@ class DreamBoothConfig:
         subject: the subject in words.
         prior: prior preservation.
         loop: the training loop. Without prior preservation fewer steps, 400 or so, are enough.
-        text_encoder: whether it learns, too: closer to the subject, and farther from other prompts.
-        dtype: of the weights in the file.
+        text_encoder: train the text encoder, too: closer to the subject, and farther from other prompts.
+        dtype: of the saved weights.
     """
 
     subject: SubjectConfig
@@ -47,61 +47,37 @@ class DreamBoothConfig:
     text_encoder: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
-
-def train_dreambooth(
-    sd: StableDiffusion,
-    photos: Photos,
-    folder: str | os.PathLike,
-    config: DreamBoothConfig,
-    run: Run = RUN,
-    group: Processes = ALONE,
-    *,
-    class_photos: Photos | None = None,
-    class_folder: str | os.PathLike | None = None,
-    scores: Scores | None = None,
-) -> StableDiffusion:
-    """A model of its own that knows the subject, in float32; sd stays as it is. Saved as folder/model.safetensors.
-
-    class_photos: real ones for the prior; left out, sd draws them into class_folder (folder/class), where other runs
-    with the same model and class find them again. scores: judges the validation pictures on the way.
-    """
-    folder = Path(folder)
-    if class_photos is None:
-        place = Path(class_folder or folder / "class")
-        class_photos = drawn_class(sd, place, config.subject.class_word, config.prior, group, quiet=run.quiet)
-    recipe = dreambooth_recipe(sd, photos, folder, config, class_photos=class_photos, scores=scores)
-    learn(recipe, config, sd, photos, run, group)
-    learner = recipe.sd if config.text_encoder else with_networks(recipe.sd, text=sd.text_encoder)
-    if group.is_first:
-        dtype = getattr(torch, config.dtype)
-        kept = {name: copied(network, learn=False).to(dtype) for name, network in learner.checkpoint.networks.items()}
-        save_checkpoint(replace(learner.checkpoint, networks=kept), folder / "model.safetensors")
-    return learner
+    def for_small_model(self) -> DreamBoothConfig:
+        return small_preset(self, steps=400, lr=2e-4)
 
 
-def dreambooth_recipe(
-    sd: StableDiffusion,
-    photos: Photos,
-    folder: Path,
-    config: DreamBoothConfig,
-    *,
-    class_photos: Photos | None = None,
-    scores: Scores | None = None,
-) -> SubjectRecipe:
+def learner(sd: StableDiffusion, config: DreamBoothConfig) -> StableDiffusion:
     """The U-Net as a copy that learns, with the text encoder or beside it."""
     unet = copied(sd.unet, learn=True)
     # frozen, it is asked once: in float32 it had better be shared
     half = config.loop.precision == "bfloat16" and sd.dtype != torch.float32
     text = copied(sd.text_encoder, learn=config.text_encoder, half=half)
-    return SubjectRecipe(
-        "dreambooth",
-        with_networks(sd, unet=unet, text=text),
-        config.subject,
-        photos,
-        folder,
-        phrase=config.subject.phrase,
-        precision=config.loop.precision,
-        class_photos=class_photos,
-        prior_weight=config.prior.weight,
-        scores=scores,
-    )
+    return with_networks(sd, unet=unet, text=text)
+
+
+def result(recipe: SubjectRecipe, sd: StableDiffusion, config: DreamBoothConfig) -> StableDiffusion:
+    """A model of its own that knows the subject, in float32."""
+    return recipe.sd if config.text_encoder else with_networks(recipe.sd, text=sd.text_encoder)
+
+
+def save(learnt: StableDiffusion, sd: StableDiffusion, folder: Path, config: DreamBoothConfig) -> None:
+    dtype = getattr(torch, config.dtype)
+    kept = {name: copied(network, learn=False).to(dtype) for name, network in learnt.networks.items()}
+    save_checkpoint(replace(learnt.checkpoint, networks=kept), folder / "model.safetensors")
+
+
+METHOD = Method(
+    name="dreambooth",
+    config=DreamBoothConfig,
+    learner=learner,
+    result=result,
+    save=save,
+    apply=lambda sd, learnt, folder, config: learnt,
+    writes="the whole model, model.safetensors",
+)
+train_dreambooth = METHOD.train

@@ -8,7 +8,6 @@ sd.txt2img("a sks dog in the snow")
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,27 +19,30 @@ from torch import Tensor, nn
 from minisd.adapters.lora import Lora, LowRank, save_lora
 from minisd.nn.transformer import PointwiseConv
 from minisd.stable_diffusion import StableDiffusion
-from minisd.training.options import RUN, LoopConfig, Run
-from minisd.training.parallel import ALONE, Processes
-from minisd.training.subject.photos import Photos
-from minisd.training.subject.prior import PriorConfig, drawn_class
-from minisd.training.subject.recipe import Scores, SubjectConfig, SubjectRecipe, learn, with_networks
+from minisd.training.options import LoopConfig
+from minisd.training.subject.config import SubjectConfig
+from minisd.training.subject.method import Method
+from minisd.training.subject.prior import PriorConfig
+from minisd.training.subject.recipe import SubjectRecipe, frozen_copy, with_networks
+from minisd.training.subject.small import small_preset
 from minisd.training.weights import copied, seeded
+
+ALL_LAYERS = ("*.attn?.to_*", "*.ff.*", "*.attn.proj_*", "*.conv*")  # nearer to the subject than attention alone
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is learnt, and how. The defaults are for Stable Diffusion; small.py has others.
+    """What is learnt, and how. The defaults are for Stable Diffusion.
 
     Attributes:
         subject: the subject in words.
         prior: prior preservation.
         loop: the training loop.
-        rank: of the additions; more hold more detail.
-        alpha: they are scaled by alpha/rank; the rank itself when null.
-        unet: patterns of the layers that get one: names of its linear layers and convolutions, * for any part. Others
-            of use: *.ff.* (feed-forward), *.attn.proj_* (round the transformers), *.conv* (convolutions).
-        text: likewise of the text encoder, such as *.attn.to_*; none when empty.
+        rank: LoRA rank (network dim); a higher one learns more detail and makes a larger file.
+        alpha: LoRA alpha: the update is scaled by alpha/rank; null takes the rank.
+        unet: target modules in the U-Net: patterns of the names of its linear layers and convolutions. Others of use:
+            *.ff.* (feed-forward), *.attn.proj_* (round the transformers), *.conv* (convolutions).
+        text: target modules in the text encoder, such as *.attn.to_*; none when empty.
     """
 
     subject: SubjectConfig
@@ -57,6 +59,9 @@ class LoRAConfig:
         if not self.unet and not self.text:
             raise ValueError("no layers are named to learn: give patterns for the U-Net, the text encoder, or both")
 
+    def for_small_model(self) -> LoRAConfig:
+        return small_preset(self, steps=500, lr=1e-3, rank=16, unet=ALL_LAYERS)
+
 
 class LoRALayer(nn.Module):
     """layer(x) + alpha/rank · up(down(x)), for a linear layer or a convolution; only down and up learn.
@@ -68,8 +73,8 @@ class LoRALayer(nn.Module):
         super().__init__()
         self.layer, self.alpha, self.scale = layer, alpha, alpha / rank
         if isinstance(layer, nn.Conv2d) and not isinstance(layer, PointwiseConv):
-            place = {"stride": layer.stride, "padding": layer.padding}
-            self.down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False, **place)
+            geometry = {"stride": layer.stride, "padding": layer.padding}
+            self.down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False, **geometry)
             self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             out, inside = layer.weight.shape[:2]
@@ -93,46 +98,8 @@ class LoRALayer(nn.Module):
         return LowRank(down, up, self.alpha)
 
 
-def train_lora(
-    sd: StableDiffusion,
-    photos: Photos,
-    folder: str | os.PathLike,
-    config: LoRAConfig,
-    run: Run = RUN,
-    group: Processes = ALONE,
-    *,
-    class_photos: Photos | None = None,
-    class_folder: str | os.PathLike | None = None,
-    scores: Scores | None = None,
-) -> Lora:
-    """The additions by layer; sd stays as it is. Saved as folder/lora.safetensors (kohya's layout) and lora-peft.….
-
-    class_photos, class_folder, scores: as for `train_dreambooth`.
-    """
-    folder = Path(folder)
-    if class_photos is None:
-        place = Path(class_folder or folder / "class")
-        class_photos = drawn_class(sd, place, config.subject.class_word, config.prior, group, quiet=run.quiet)
-    recipe, layers = lora_recipe(sd, photos, folder, config, class_photos=class_photos, scores=scores)
-    learn(recipe, config, sd, photos, run, group)
-    lora = {path: layer.low_rank() for path, layer in layers.items()}
-    if group.is_first:
-        own = {"unet": sd.unet, "text": sd.text_encoder}
-        save_lora(folder / "lora.safetensors", lora, own, layout="kohya")
-        save_lora(folder / "lora-peft.safetensors", lora, own, layout="peft")
-    return lora
-
-
-def lora_recipe(
-    sd: StableDiffusion,
-    photos: Photos,
-    folder: Path,
-    config: LoRAConfig,
-    *,
-    class_photos: Photos | None = None,
-    scores: Scores | None = None,
-) -> tuple[SubjectRecipe, dict[str, LoRALayer]]:
-    """Frozen networks, and the layers in them that learn, by "unet" or "text" and their names."""
+def learner(sd: StableDiffusion, config: LoRAConfig) -> StableDiffusion:
+    """Frozen networks, with layers in them that learn."""
     half = config.loop.precision == "bfloat16"
     networks = {  # a text encoder that does not learn is asked once: in float32 it had better be shared
         "unet": copied(sd.unet, learn=False, half=half),
@@ -140,24 +107,31 @@ def lora_recipe(
     }
     alpha = float(config.rank if config.alpha is None else config.alpha)
     with seeded("lora", config.loop.seed):
-        layers = {
-            f"{name}.{path}": layer
-            for name, patterns in (("unet", config.unet), ("text", config.text))
-            for path, layer in add_layers(networks[name], patterns, config.rank, alpha).items()
-        }
-    recipe = SubjectRecipe(
-        "lora",
-        with_networks(sd, **networks),
-        config.subject,
-        photos,
-        folder,
-        phrase=config.subject.phrase,
-        precision=config.loop.precision,
-        class_photos=class_photos,
-        prior_weight=config.prior.weight,
-        scores=scores,
-    )
-    return recipe, layers
+        for name, patterns in (("unet", config.unet), ("text", config.text)):
+            add_layers(networks[name], patterns, config.rank, alpha)
+    return with_networks(sd, **networks)
+
+
+def layers_of(recipe: SubjectRecipe) -> dict[str, LoRALayer]:
+    """The layers that learn, by "unet" or "text" and their names."""
+    return {path: layer for path, layer in recipe.networks.named_modules() if isinstance(layer, LoRALayer)}
+
+
+def result(recipe: SubjectRecipe, sd: StableDiffusion, config: LoRAConfig) -> Lora:
+    """The additions by layer."""
+    return {path: layer.low_rank() for path, layer in layers_of(recipe).items()}
+
+
+def save(lora: Lora, sd: StableDiffusion, folder: Path, config: LoRAConfig) -> None:
+    networks = {"unet": sd.unet, "text": sd.text_encoder}
+    save_lora(folder / "lora.safetensors", lora, networks, layout="kohya")
+    save_lora(folder / "lora-peft.safetensors", lora, networks, layout="peft")
+
+
+def apply(sd: StableDiffusion, lora: Lora, folder: Path, config: LoRAConfig) -> StableDiffusion:
+    model = frozen_copy(sd)
+    model.load_lora(folder / "lora.safetensors")
+    return model
 
 
 def add_layers(network: nn.Module, patterns: Sequence[str], rank: int, alpha: float) -> dict[str, LoRALayer]:
@@ -165,19 +139,31 @@ def add_layers(network: nn.Module, patterns: Sequence[str], rank: int, alpha: fl
 
     ValueError for a pattern that fits none: what it means to train would not be.
     """
-    found = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     chosen = {}
     for pattern in patterns:
-        fitting = {name: layer for name, layer in found.items() if fnmatchcase(name, pattern)}
+        fitting = {name: layer for name, layer in layers.items() if fnmatchcase(name, pattern)}
         if not fitting:
-            kinds = sorted({name.rpartition(".")[2] for name in found if not name.rpartition(".")[2].isdigit()})
+            kinds = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
             raise ValueError(
                 f"the pattern {pattern!r} fits no layer of the {type(network).__name__}; its layers are called such as "
-                f"{next(iter(found))} and end in {', '.join(kinds)}"
+                f"{next(iter(layers))} and end in {', '.join(kinds)}"
             )
         chosen |= fitting
-    layers = {name: LoRALayer(layer, rank, alpha) for name, layer in chosen.items()}
-    for name, layer in layers.items():
+    added = {name: LoRALayer(layer, rank, alpha) for name, layer in chosen.items()}
+    for name, layer in added.items():
         parent, _, own = name.rpartition(".")
         setattr(network.get_submodule(parent), own, layer)
-    return layers
+    return added
+
+
+METHOD = Method(
+    name="lora",
+    config=LoRAConfig,
+    learner=learner,
+    result=result,
+    save=save,
+    apply=apply,
+    writes="lora.safetensors (kohya's layout) and lora-peft.safetensors (peft's, diffusers')",
+)
+train_lora = METHOD.train

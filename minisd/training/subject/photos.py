@@ -17,10 +17,11 @@ from einops import rearrange
 from PIL import Image
 
 from minisd.tasks.images import load_image, to_mask, to_tensor, to_uint8
-from minisd.training.data import SUFFIXES
 from minisd.training.draws import generator
+from minisd.training.folders import MASK, captions_beside, image_paths, read_all
 
-MASK = ".mask.png"
+WHITE = 128  # of 255: a mask that is lighter shows the subject
+CLEARLY = 2  # levels of grey by which a pixel of a hash is the lighter one
 ALIKE = 12  # of the 256 bits of a hash: copies, scaled or compressed anew, differ in 3, views of one drawing in over 20
 
 
@@ -29,10 +30,10 @@ class Views:
     """What is made of each photo before training; a step then draws one of these views.
 
     Attributes:
-        crop: the middle square, squares of random place and size, or the whole photo with white added at its sides.
-        count: views of each photo; 1 is enough for a crop without chance, mirrored ones are added to them.
-        least: of a random square, the smallest side as a share of the photo's shorter one.
-        flip: mirror every view, too. Not for subjects whose left and right differ, such as writing.
+        crop: center crop, random crops, or the whole photo padded with white.
+        count: random crops per photo.
+        least: smallest side of a random crop, as a share of the photo's shorter side.
+        flip: add horizontally flipped copies; not for subjects whose left and right differ, such as writing.
     """
 
     crop: Literal["center", "random", "whole"] = "center"
@@ -96,62 +97,46 @@ def load_photos(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder of photos")
-    loaded, captions = [], []
-    for path in photo_paths(folder):
-        try:
-            image = load_image(path)
-            opaque = Image.fromarray(rearrange(to_uint8(to_tensor(image)), "1 c h w -> h w c").numpy())
-        except (ValueError, OSError) as error:
-            warnings.warn(f"left out: {error}", stacklevel=2)
-            continue
-        text = path.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
-        captions.append(tuple(line.strip() for line in lines if line.strip()))
-        loaded.append((path, opaque, _mask(path, opaque, Path(masks) if masks else None)))
-    if not loaded:
-        raise ValueError(f"{folder} holds no photos that can be read ({', '.join(sorted(SUFFIXES))})")
-    names = tuple(path.name for path, _, _ in loaded)
-    unmasked = [path.name for path, _, mask in loaded if mask is None]
-    if unmasked and (masks or len(unmasked) < len(loaded)):
+    images = read_all(image_paths(folder), _opaque, folder)
+    captions = tuple(captions_beside(path) for path in images)
+    names = tuple(path.name for path in images)
+    shown = [_mask(path, image, Path(masks) if masks else None) for path, image in images.items()]
+    unmasked = [name for name, mask in zip(names, shown, strict=True) if mask is None]
+    if unmasked and (masks or len(unmasked) < len(images)):
         raise ValueError(
-            f"{len(unmasked)} of {len(loaded)} photos have no mask, first: {unmasked[0]}: give all or none"
+            f"{len(unmasked)} of {len(images)} photos have no mask, first: {unmasked[0]}: give all or none"
         )
-    for a, b in near_duplicates([image for _, image, _ in loaded]):
+    for a, b in near_duplicates(list(images.values())):
         warnings.warn(f"{names[a]} and {names[b]} are nearly the same picture: keep one of them", stacklevel=2)
 
     pixels, shapes = [], []
-    for number, (_, image, mask) in enumerate(loaded):
+    for number, (image, mask) in enumerate(zip(images.values(), shown, strict=True)):
         squares = [_square(image, views, seed, number, view) for view in range(views.count)]
         for source, target, fill in ((image, pixels, "white"), (mask, shapes, "black")):
             if source is not None:
                 drawn = np.stack([np.asarray(_cut(source, square, size, fill)) for square in squares])
                 target.append(np.concatenate([drawn, drawn[:, :, ::-1]]) if views.flip else drawn)
     stack = np.stack(pixels)
-    found = np.stack(shapes) >= 128 if shapes else None
-    digest = hashlib.sha256(repr((names, captions, stack.shape)).encode() + stack.tobytes())
-    digest.update(b"" if found is None else found.tobytes())
-    return Photos(stack, found, tuple(captions), names, digest.hexdigest()[:16])
+    stacked_masks = np.stack(shapes) >= WHITE if shapes else None
+    digest = hashlib.sha256(repr((names, list(captions), stack.shape)).encode() + stack.tobytes())
+    digest.update(b"" if stacked_masks is None else stacked_masks.tobytes())
+    return Photos(stack, stacked_masks, captions, names, digest.hexdigest()[:16])
 
 
-def photo_paths(folder: Path) -> list[Path]:
-    """The picture files of a folder, without masks and hidden ones, by name."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.name.endswith(MASK)
-    )
+def _opaque(path: Path) -> Image.Image:
+    return Image.fromarray(rearrange(to_uint8(to_tensor(load_image(path))), "1 c h w -> h w c").numpy())
 
 
 def _mask(path: Path, image: Image.Image, folder: Path | None) -> Image.Image | None:
-    place = path.with_name(path.stem + MASK) if folder is None else folder / f"{path.stem}.png"
-    if not place.is_file():
+    file = path.with_name(path.stem + MASK) if folder is None else folder / f"{path.stem}.png"
+    if not file.is_file():
         return None
     try:
-        mask = to_mask(load_image(place), (image.height, image.width))
+        mask = to_mask(load_image(file), (image.height, image.width))
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
     if not mask.any():
-        raise ValueError(f"{place}: the mask is all black: it is white on the subject")
+        raise ValueError(f"{file}: the mask is all black: it is white on the subject")
     return Image.fromarray(np.where(mask[0, 0].numpy(), 255, 0).astype(np.uint8))
 
 
@@ -161,12 +146,12 @@ def _square(image: Image.Image, views: Views, seed: int, number: int, view: int)
     if views.crop == "whole":
         side = max(width, height)
         return (width - side) / 2, (height - side) / 2, side
-    side, place = float(min(width, height)), [0.5, 0.5]
+    side, corner = float(min(width, height)), [0.5, 0.5]
     if views.crop == "random":
         chance = generator("view", seed, number, view)
-        share, *place = torch.rand(3, generator=chance).tolist()
+        share, *corner = torch.rand(3, generator=chance).tolist()
         side *= views.least + (1 - views.least) * share
-    return place[0] * (width - side), place[1] * (height - side), side
+    return corner[0] * (width - side), corner[1] * (height - side), side
 
 
 def _cut(image: Image.Image, square: tuple[float, float, float], size: int, fill: str) -> Image.Image:
@@ -187,5 +172,5 @@ def near_duplicates(images: Sequence[Image.Image]) -> list[tuple[int, int]]:
     hashes = []
     for image in images:
         thumbnail = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=int)
-        hashes.append(np.diff(thumbnail) > 2)
+        hashes.append(np.diff(thumbnail) > CLEARLY)
     return [(i, j) for i, j in combinations(range(len(images)), 2) if (hashes[i] != hashes[j]).sum() <= ALIKE]

@@ -25,11 +25,11 @@ class PriorConfig:
     """The pictures of the class, and how much they count.
 
     Attributes:
-        weight: λ, of the loss over them beside that over the subject; 0 for no prior preservation.
-        count: how many are drawn.
-        prompt: of all of them; {} is the class word.
-        seed: of the first; they count up.
-        settings: how they are drawn.
+        weight: prior loss weight λ, relative to the loss on the subject; 0 turns prior preservation off.
+        count: number of generated class images (regularization images).
+        prompt: of the class images; {} is the class word.
+        seed: of the first class image; they count up.
+        settings: how they are sampled.
     """
 
     weight: float = 1.0
@@ -43,7 +43,7 @@ class PriorConfig:
             raise ValueError(f"weight={self.weight}, count={self.count}: the weight is 0 or more, the count 1 or more")
 
 
-def drawn_class(
+def class_samples(
     sd: StableDiffusion, folder: Path, class_word: str, config: PriorConfig, group: Processes, *, quiet: bool = False
 ) -> Photos | None:
     """The pictures of the class, from a folder of their own in `folder`; those that are missing there are drawn first.
@@ -55,13 +55,13 @@ def drawn_class(
         return None
     prompt = config.prompt.replace("{}", class_word)
     networks = [network_digest(network) for network in (sd.unet, sd.text_encoder, sd.vae)]
-    made = {"prompt": prompt, "seed": config.seed, "settings": vars(config.settings), "networks": networks}
-    text = json.dumps(made, indent=1, sort_keys=True) + "\n"
+    request = {"prompt": prompt, "seed": config.seed, "settings": vars(config.settings), "networks": networks}
+    text = json.dumps(request, indent=1, sort_keys=True) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    place = folder / f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:40]}-{digest}"
-    paths = [place / f"{i:05}.png" for i in range(config.count)]
+    samples = folder / f"{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:40]}-{digest}"
+    paths = [samples / f"{i:05}.png" for i in range(config.count)]
     if group.is_first:
-        write_whole(place / "made.json", lambda file: file.write(text.encode()))
+        write_whole(samples / "made.json", lambda file: file.write(text.encode()))
         size = config.settings.batch_size
         missing = [i for i in range(0, config.count, size) if not all(path.exists() for path in paths[i : i + size])]
         for first in tqdm(missing, f"drawing {prompt!r}", unit="batch", disable=quiet or not missing):
@@ -74,5 +74,5 @@ def drawn_class(
     group.wait()
     pixels = np.stack([np.asarray(load_image(path).convert("RGB")) for path in paths])[:, None]
     names = tuple(path.name for path in paths)
-    found = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
-    return Photos(pixels, None, ((),) * len(paths), names, found)
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+    return Photos(pixels, None, ((),) * len(paths), names, digest)

@@ -1,42 +1,29 @@
-"""What teaching a subject to a small model takes, such as the mini model: steps, rates, layers, class pictures.
-
-Those of `minisd eval subjects`, chosen on two subjects for the mini model's 11 million weights. There LoRA on all
-layers came nearer to the subject than on attention alone, and DreamBooth at 2e-4 nearer than at half of it.
-"""
+"""Presets for small models, such as the mini model: those of `minisd eval subjects`, chosen on two of its subjects."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
-from minisd.training.options import LoopConfig
-from minisd.training.subject.dreambooth import DreamBoothConfig
-from minisd.training.subject.lora import LoRAConfig
-from minisd.training.subject.textual_inversion import TextualInversionConfig
 
 SMALL = 50_000_000  # weights of a U-Net
-LAYERS = ("*.attn?.to_*", "*.ff.*", "*.attn.proj_*", "*.conv*")
+GUIDANCE_SCALE = 5.0
 
-Config = TypeVar("Config", DreamBoothConfig, LoRAConfig, TextualInversionConfig)
+Config = TypeVar("Config")
 
 
 def is_small(sd: StableDiffusion) -> bool:
     return sum(weight.numel() for weight in sd.unet.parameters()) < SMALL
 
 
-def for_small_model(config: Config) -> Config:
-    """The same subject, method, seed and precision, by steps, rates, layers and class pictures for a small model."""
-    validation = replace(config.subject.validation, guidance_scale=5.0)
-    config = replace(config, subject=replace(config.subject, validation=validation))
-
-    def loop(steps: int, lr: float) -> LoopConfig:
-        return replace(config.loop, steps=steps, batch_size=4, lr=lr, warmup=20, weight_decay=0.0)
-
-    if isinstance(config, TextualInversionConfig):
-        return replace(config, loop=loop(600, 5e-3), vectors=4)
-    prior = replace(config.prior, count=64, settings=Txt2Img(steps=25, guidance_scale=5.0, batch_size=8))
-    if isinstance(config, LoRAConfig):
-        return replace(config, prior=prior, loop=loop(500, 1e-3), rank=16, unet=LAYERS)
-    return replace(config, prior=prior, loop=loop(400, 2e-4))
+def small_preset(config: Config, *, steps: int, lr: float, **more: Any) -> Config:
+    """The same subject, seed and precision; steps, rates and class images for a small model, and the fields in more."""
+    validation = replace(config.subject.validation, guidance_scale=GUIDANCE_SCALE)
+    subject = replace(config.subject, validation=validation)
+    loop = replace(config.loop, steps=steps, batch_size=4, lr=lr, warmup=20, weight_decay=0.0)
+    if hasattr(config, "prior"):
+        settings = Txt2Img(steps=25, guidance_scale=GUIDANCE_SCALE, batch_size=8)
+        more = {"prior": replace(config.prior, count=64, settings=settings), **more}
+    return replace(config, subject=subject, loop=loop, **more)

@@ -8,7 +8,6 @@ sd.txt2img("a <my-dog> in the snow")
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 from minisd.adapters.embeddings import save_embedding
 from minisd.stable_diffusion import StableDiffusion
 from minisd.text.tokenizer import Tokenizer
-from minisd.training.options import RUN, LoopConfig, Run
-from minisd.training.parallel import ALONE, Processes
-from minisd.training.subject.photos import Photos
-from minisd.training.subject.recipe import Scores, SubjectConfig, SubjectRecipe, learn, with_networks
+from minisd.training.options import LoopConfig
+from minisd.training.subject.config import SubjectConfig
+from minisd.training.subject.method import Method
+from minisd.training.subject.recipe import SubjectRecipe, frozen_copy, with_networks
+from minisd.training.subject.small import small_preset
+from minisd.training.subject.validation import WORK_FILES
 from minisd.training.weights import copied
 
 MOST = 16  # vectors of one word; CLIP reads 75 in all
@@ -30,13 +31,13 @@ MOST = 16  # vectors of one word; CLIP reads 75 in all
 
 @dataclass(frozen=True)
 class TextualInversionConfig:
-    """What is learnt, and how. The defaults are for Stable Diffusion; small.py has others.
+    """What is learnt, and how. The defaults are for Stable Diffusion.
 
     Attributes:
         subject: the subject in words; its token is the new word, such as <my-dog>.
         loop: the training loop.
-        vectors: rows of the token embedding that the word has, 1 to 16: more hold more detail, and heed prompts less.
-        initial: words whose vectors it starts from, repeated where they are fewer; the class word when empty.
+        vectors: vectors per token, 1 to 16: more learn more detail, and follow prompts less.
+        initial: initializer words, whose vectors it starts from; the class word when empty.
     """
 
     subject: SubjectConfig
@@ -47,6 +48,9 @@ class TextualInversionConfig:
     def __post_init__(self):
         if not 1 <= self.vectors <= MOST:
             raise ValueError(f"vectors={self.vectors}: a word has 1 to {MOST}")
+
+    def for_small_model(self) -> TextualInversionConfig:
+        return small_preset(self, steps=600, lr=5e-3, vectors=4)
 
 
 class AddedRows(nn.Module):
@@ -63,63 +67,50 @@ class AddedRows(nn.Module):
         return torch.where((ids >= old)[..., None], added, known)
 
 
-def train_textual_inversion(
-    sd: StableDiffusion,
-    photos: Photos,
-    folder: str | os.PathLike,
-    config: TextualInversionConfig,
-    run: Run = RUN,
-    group: Processes = ALONE,
-    *,
-    scores: Scores | None = None,
-) -> Tensor:
-    """The vectors 'n d' of the new word; sd stays as it is. Saved in the layouts of diffusers, A1111 and kohya."""
-    folder, token = Path(folder), config.subject.token
-    stem = folder / (re.sub(r"[^\w-]+", "", token) or "embedding")
-    if stem.name in ("state", "photos", "class", "best"):
-        raise ValueError(f"the token {token!r} would name the result like a file of the training: choose another")
-    recipe = textual_inversion_recipe(sd, photos, folder, config, scores=scores)
-    learn(recipe, config, sd, photos, run, group)
-    vectors = recipe.sd.text_encoder.token_embedding.added.weight.detach().cpu()
-    if group.is_first:
-        save_embedding(stem.with_suffix(".safetensors"), token, vectors, layout="diffusers")
-        save_embedding(stem.with_suffix(".pt"), token, vectors, layout="a1111", step=config.loop.steps)
-        save_embedding(stem.with_name(f"{stem.name}-kohya.safetensors"), token, vectors, layout="kohya")
-    return vectors
-
-
-def textual_inversion_recipe(
-    sd: StableDiffusion,
-    photos: Photos,
-    folder: Path,
-    config: TextualInversionConfig,
-    *,
-    scores: Scores | None = None,
-) -> SubjectRecipe:
+def learner(sd: StableDiffusion, config: TextualInversionConfig) -> StableDiffusion:
     """Frozen networks, and a token embedding with rows after its own."""
-    token = config.subject.token
+    stem(config)
     half = config.loop.precision == "bfloat16"
     text = copied(sd.text_encoder, learn=False, half=half)
     table = text.token_embedding
-    learner = with_networks(sd, unet=copied(sd.unet, learn=False, half=half), text=text)
-    rows = initial_rows(learner.tokenizer, table.weight, config.initial or config.subject.class_word, config.vectors)
-    ids = learner.tokenizer.add_token(token, config.vectors)
+    model = with_networks(sd, unet=copied(sd.unet, learn=False, half=half), text=text)
+    rows = initial_rows(model.tokenizer, table.weight, config.initial or config.subject.class_word, config.vectors)
+    ids = model.tokenizer.add_token(config.subject.token, config.vectors)
     if ids[0] != table.num_embeddings:
         raise ValueError(
             f"the text encoder has {table.num_embeddings} tokens and the next free one is {ids[0]}: the new rows would "
             "not follow the old ones"
         )
     text.token_embedding = AddedRows(table, rows)
-    return SubjectRecipe(
-        "textual inversion",
-        learner,
-        config.subject,
-        photos,
-        folder,
-        phrase=token,
-        precision=config.loop.precision,
-        scores=scores,
-    )
+    return model
+
+
+def stem(config: TextualInversionConfig) -> str:
+    """Of the files' names. ValueError for one that a training uses itself."""
+    name = re.sub(r"[^\w-]+", "", config.subject.token) or "embedding"
+    if f"{name}.safetensors" in WORK_FILES:
+        raise ValueError(
+            f"the token {config.subject.token!r} would name the result like a file of the training: choose another"
+        )
+    return name
+
+
+def result(recipe: SubjectRecipe, sd: StableDiffusion, config: TextualInversionConfig) -> Tensor:
+    """The vectors 'n d' of the new word."""
+    return recipe.sd.text_encoder.token_embedding.added.weight.detach().cpu()
+
+
+def save(vectors: Tensor, sd: StableDiffusion, folder: Path, config: TextualInversionConfig) -> None:
+    token, name = config.subject.token, stem(config)
+    save_embedding(folder / f"{name}.safetensors", token, vectors, layout="diffusers")
+    save_embedding(folder / f"{name}.pt", token, vectors, layout="a1111", step=config.loop.steps)
+    save_embedding(folder / f"{name}-kohya.safetensors", token, vectors, layout="kohya")
+
+
+def apply(sd: StableDiffusion, vectors: Tensor, folder: Path, config: TextualInversionConfig) -> StableDiffusion:
+    model = frozen_copy(sd)
+    model.add_embedding(config.subject.token, vectors)
+    return model
 
 
 def initial_rows(tokenizer: Tokenizer, table: Tensor, words: str, vectors: int) -> Tensor:
@@ -127,3 +118,17 @@ def initial_rows(tokenizer: Tokenizer, table: Tensor, words: str, vectors: int) 
     if not (ids := tokenizer.encode(words)):
         raise ValueError(f"{words!r} holds no word to start from: give one, such as the class")
     return table.detach()[[ids[i % len(ids)] for i in range(vectors)]].clone()
+
+
+METHOD = Method(
+    name="textual inversion",
+    config=TextualInversionConfig,
+    learner=learner,
+    result=result,
+    save=save,
+    apply=apply,
+    writes="the embedding in the layouts of diffusers (.safetensors), A1111 (.pt) and kohya (-kohya.safetensors)",
+    phrase=lambda subject: subject.token,
+    token=None,
+)
+train_textual_inversion = METHOD.train
