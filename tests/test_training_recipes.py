@@ -549,7 +549,7 @@ def test_a_rival_judges_shrunk_pictures_too_and_the_divergence_is_that_of_the_wh
 
 
 def test_a_prompt_of_words_that_no_caption_had_is_drawn_with_a_warning_that_names_them(tmp_path):
-    sd = StableDiffusion(train_mini(pictures(), tmp_path, MINI, RUN))
+    sd = train_mini(pictures(), tmp_path, MINI, RUN)
     with pytest.warns(UserWarning, match="never taught 'xylophone': nothing is drawn of it") as warned:
         sd.encode_prompt("a (blue) xylophone, sks disc")
     assert len(warned) == 1
