@@ -10,9 +10,10 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "attention": "minisd.runtime.kernels",
     "Conditioning": "minisd.models.unet",
-    "load": "minisd.pipeline",
-    "load_controlnet": "minisd.pipeline",
-    "StableDiffusion": "minisd.pipeline",
+    "load": "minisd.stable_diffusion",
+    "load_controlnet": "minisd.stable_diffusion",
+    "StableDiffusion": "minisd.stable_diffusion",
+    "optimize": "minisd.runtime.optimize",
     "Schedule": "minisd.diffusion.schedule",
     "linear_betas": "minisd.diffusion.schedule",
     "scaled_linear_betas": "minisd.diffusion.schedule",

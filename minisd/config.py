@@ -7,11 +7,11 @@ file that minisd saves (`ModelConfig.to_json`, `ModelConfig.from_json`).
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Literal, get_type_hints
 
 Prediction = Literal["eps", "v", "x_0"]
+Task = Literal["text-to-image", "inpainting", "depth-to-image", "pix2pix", "upscaling", "image-variation"]
 
 
 @dataclass(frozen=True)
@@ -235,10 +235,12 @@ class ControlNetConfig:
 class ModelConfig:
     """A whole latent diffusion model.
 
-    prediction: what the U-Net's output means. image_size: the side of the pictures it was trained on.
+    task: what the U-Net is given besides x_t, t and a prompt, see `TASK_INPUTS`. prediction: what its output means.
+    image_size: the side of the images it was trained on.
     """
 
     name: str = "Stable Diffusion 1.x"
+    task: Task = "text-to-image"
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
@@ -253,54 +255,25 @@ class ModelConfig:
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
         """The inverse of to_json. ValueError for unknown or ill-typed fields: a typo must not pass for a default."""
-        return from_dict(cls, json.loads(text))
+        values = json.loads(text)
+        config = from_dict(cls, values)
+        if "task" in values:
+            return config
+        # a file that minisd wrote before configs named their task: then the U-Net's inputs told
+        inputs = (config.unet.in_channels - config.vae.latent_channels, config.unet.num_classes is not None)
+        older = {(5, False): "inpainting", (1, False): "depth-to-image", (4, False): "pix2pix", (3, True): "upscaling"}
+        vector = "image-variation" if config.unet.vector_dim is not None else "text-to-image"
+        return replace(config, task=older.get(inputs, vector))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a picture is sampled. Every task takes these by name; the command line makes its options from them.
-
-    Attributes:
-        steps: how many times the model is asked (heun asks twice a step).
-        sampler: ddim, ddpm, dpmpp_2m, euler, euler_ancestral, heun, lms or plms; in Python also a function.
-        guidance_scale: how much the prompt counts; 1 is off, and half the work.
-        guidance_rescale: share in [0, 1] by which guided output gets the deviation of unguided (Lin et al. 2023).
-        guidance_interval: the times t between which guidance acts; always, when left out.
-        spacing: which times are visited; "karras" is a σ ladder of real t, for the σ samplers.
-        eta: noise of DDIM, from 0 (none) to 1 (DDPM's).
-        convention: how a prompt's brackets and length are read.
-        clip_skip: last blocks of the text encoder to leave out; the model's own when left out.
-        batch_size: images per call of the network. The pictures do not depend on it, but for rounding.
-        tile: rows of the stripes in which the VAE works, 0 for none; by the picture's size when left out.
-    """
-
-    steps: int = 30
-    sampler: str = "ddim"
-    guidance_scale: float = 7.5
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
-    spacing: Literal["leading", "trailing", "linspace", "compvis", "karras"] = "leading"
-    eta: float = 0.0
-    convention: Literal["plain", "chunked", "a1111", "comfyui"] = "plain"
-    clip_skip: int | None = None
-    batch_size: int = 1
-    tile: int | None = None
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r}: give 1 or more, and a whole number")
-        for name in ("guidance_scale", "guidance_rescale", "eta"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise ValueError(f"{name} is {value}: give a finite number")
-        for name in ("guidance_rescale", "eta"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} is {value}: it lies in [0, 1]")
-        if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
-            raise ValueError(f"guidance_interval is {self.guidance_interval}: give the lower time first")
-        if self.eta and self.sampler != "ddim" and not callable(self.sampler):
-            raise ValueError(f"eta={self.eta} belongs to the sampler ddim, not to {self.sampler}: leave it out")
+TASK_INPUTS: dict[Task, str] = {
+    "text-to-image": "nothing more",
+    "inpainting": "concat: the mask and the latents of the masked image",
+    "depth-to-image": "concat: a depth map in [-1, 1] at the size of the latents",
+    "pix2pix": "concat: the latents of the image to edit, not scaled",
+    "upscaling": "concat: the noised low-resolution RGB image; y: its noise level",
+    "image-variation": "y: a CLIP image embedding and the embedding of its noise level",
+}
 
 
 def from_dict(cls, values: dict):
@@ -354,31 +327,40 @@ _OPENCLIP_H_VISION = CLIPVisionConfig(
 )
 
 SD1 = ModelConfig()
-SD1_INPAINT = replace(SD1, name="Stable Diffusion 1.5 inpainting", unet=replace(SD1.unet, in_channels=9))
-SD1_PIX2PIX = replace(SD1, name="InstructPix2Pix", unet=replace(SD1.unet, in_channels=8))
+SD1_INPAINT = replace(
+    SD1, name="Stable Diffusion 1.5 inpainting", task="inpainting", unet=replace(SD1.unet, in_channels=9)
+)
+SD1_PIX2PIX = replace(SD1, name="InstructPix2Pix", task="pix2pix", unet=replace(SD1.unet, in_channels=8))
 SD2_BASE = ModelConfig(
     name="Stable Diffusion 2.x base",
     unet=UNetConfig(num_heads=None, head_width=64, context_dim=1024, linear_projection=True),
     text=_OPENCLIP_H_TEXT,
 )
 SD2_V = replace(SD2_BASE, name="Stable Diffusion 2.x 768-v", prediction="v", image_size=768)
-SD2_INPAINT = replace(SD2_BASE, name="Stable Diffusion 2 inpainting", unet=replace(SD2_BASE.unet, in_channels=9))
-SD2_DEPTH = replace(SD2_BASE, name="Stable Diffusion 2 depth", unet=replace(SD2_BASE.unet, in_channels=5))
+SD2_INPAINT = replace(
+    SD2_BASE, name="Stable Diffusion 2 inpainting", task="inpainting", unet=replace(SD2_BASE.unet, in_channels=9)
+)
+SD2_DEPTH = replace(
+    SD2_BASE, name="Stable Diffusion 2 depth", task="depth-to-image", unet=replace(SD2_BASE.unet, in_channels=5)
+)
 SD2_UNCLIP_H = replace(
     SD2_V,
     name="Stable Diffusion 2.1 unCLIP (H)",
+    task="image-variation",
     unet=replace(SD2_V.unet, vector_dim=2048),
     vision=_OPENCLIP_H_VISION,
 )
 SD2_UNCLIP_L = replace(
     SD2_V,
     name="Stable Diffusion 2.1 unCLIP (L)",
+    task="image-variation",
     unet=replace(SD2_V.unet, vector_dim=1536),
     vision=CLIPVisionConfig(),
 )
 SD_X4_UPSCALER = replace(
     SD2_V,
     name="Stable Diffusion x4 upscaler",
+    task="upscaling",
     unet=replace(
         SD2_V.unet,
         in_channels=7,

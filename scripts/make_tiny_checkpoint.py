@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from minisd.checkpoints.load import NETWORKS, Checkpoint
+from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.networks import NETWORKS
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import CLIPTextConfig, ModelConfig, UNetConfig, VAEConfig
 
@@ -35,7 +36,7 @@ def main(out: str) -> None:
     generator = torch.Generator().manual_seed(0)
     networks = {}
     for name, config in (("unet", TINY.unet), ("vae", TINY.vae), ("text", TINY.text)):
-        networks[name] = NETWORKS[name](config)
+        networks[name] = NETWORKS[name].module(config)
         for key, parameter in networks[name].named_parameters():
             # matrices keep the variance of their input, norm weights are near 1, biases near 0
             noise = torch.randn(parameter.shape, generator=generator)

@@ -11,16 +11,20 @@ import torch
 from PIL import Image
 from tiny import TINY
 
-from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.networks import NETWORKS
 from minisd.config import CLIPTextConfig, ModelConfig
-from minisd.pipeline import StableDiffusion
-from minisd.tasks import Sampling
+from minisd.runtime.optimize import optimize
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks.sampling import Sampling
 
 
 def lively(kind: str | ModelConfig = "SD1", *, seed: int = 0, **changes) -> StableDiffusion:
     """A model of a kind ("SD1", "SD2_V" …); changes to its config by name. Its VAE's factor is 2, its pictures 32²."""
-    return StableDiffusion(lively_checkpoint(kind, seed=seed, **changes))
+    sd = StableDiffusion.of(lively_checkpoint(kind, seed=seed, **changes))
+    for network in sd.networks.values():
+        optimize(network)  # as `load` does
+    return sd
 
 
 def lively_checkpoint(kind: str | ModelConfig = "SD1", *, seed: int = 0, **changes) -> Checkpoint:
@@ -38,7 +42,7 @@ def lively_checkpoint(kind: str | ModelConfig = "SD1", *, seed: int = 0, **chang
 
 def _network(name: str, config, seed: int) -> torch.nn.Module:
     with torch.device("meta"):
-        network = NETWORKS[name](config)
+        network = NETWORKS[name].module(config)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, like in network.state_dict().items():

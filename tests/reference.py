@@ -10,7 +10,7 @@ import numpy as np
 import recipe
 import torch
 
-from minisd.checkpoints.keymaps import keymap, take
+from minisd.checkpoints.keymaps import from_official, keymap
 
 DATA = Path(__file__).parent / "data"
 
@@ -27,7 +27,7 @@ def build(cls, config, manifest_name: str, prefix: str, dialect: str, variant: s
     names = keymap(network, dialect)
     left = set(weights) - {source.key for source in names.values()}
     assert all(name.endswith(("position_ids", "logit_scale")) for name in left), left
-    network.load_state_dict(take(lambda key: torch.from_numpy(weights[key]), names), assign=True)
+    network.load_state_dict(from_official(lambda key: torch.from_numpy(weights[key]), names), assign=True)
     return network.eval()
 
 

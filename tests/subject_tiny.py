@@ -15,8 +15,8 @@ import torch
 from tiny import checkpoint
 from training_tiny import MODEL
 
-from minisd.config import Settings
-from minisd.pipeline import StableDiffusion
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 from minisd.training.options import LoopConfig, Run
 from minisd.training.subject.dreambooth import DreamBoothConfig, train_dreambooth
 from minisd.training.subject.lora import LoRAConfig, train_lora
@@ -29,7 +29,7 @@ RUN = Run(save_every=2, log_every=1, sample_every=3, quiet=True)
 LOOP = LoopConfig(steps=5, batch_size=2, lr=1e-3, warmup=0, ema=None)
 VALIDATION = Validation(prompts=("a {}",), seeds=2, steps=1, guidance_scale=1.0)
 SUBJECT = SubjectConfig("sks", "dog", validation=VALIDATION)
-PRIOR = PriorConfig(count=3, settings=Settings(steps=1, guidance_scale=1.0, batch_size=2))
+PRIOR = PriorConfig(count=3, settings=Txt2Img(steps=1, guidance_scale=1.0, batch_size=2))
 CONFIGS = {
     "dreambooth": DreamBoothConfig(SUBJECT, PRIOR, LOOP),
     "lora": LoRAConfig(SUBJECT, PRIOR, LOOP, rank=2, alpha=4.0, unet=("*.attn?.to_*", "*.conv1"), text=("*.to_q",)),

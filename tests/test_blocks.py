@@ -10,54 +10,56 @@ from mmap import PAGESIZE
 import pytest
 import torch
 from lively import lively
-from torch.profiler import profile
 
 from minisd.checkpoints.files import open_tensors, save_safetensors
+from minisd.models.tiling import tiled_decode
 from minisd.models.unet import Conditioning
-from minisd.nn.blocks import ResBlock
+from minisd.nn.blocks import Conv3x3
 from minisd.nn.transformer import FeedForward
-from minisd.runtime.conv3x3 import Conv3x3
-from minisd.runtime.tuning import TOKENS, channels_last, forget_file_pages, tune
+from minisd.runtime.allocator import forget_file_pages
+from minisd.runtime.optimize import FORMS, TOKENS, channels_last, optimize, plain
+
+NETWORKS = {
+    "unet": lambda network, x, cond: network(x, 7, cond),
+    "vae decoder": lambda network, x, cond: network.decode(x),
+    "vae encoder": lambda network, x, cond: network.encode(x[:, :3]).mean,
+    "tiled decoder": lambda network, x, cond: tiled_decode(network, x, rows=4),
+    "text": lambda network, x, cond: network(torch.arange(154).view(2, 77)),
+}
 
 
-@pytest.mark.parametrize(
-    ("layer", "x", "more", "kept", "otherwise"),
-    [
-        # projection 8, product 4, result 1; otherwise also the activated gate 4
-        (FeedForward(32), torch.randn(1, 64, 32), (), 13, 17),
-        # for each convolution its input and its result; otherwise also what is activated
-        (ResBlock(8, 8, 16, norm_groups=2, norm_eps=1e-5), torch.randn(1, 8, 32, 32), (torch.randn(1, 16),), 4, 6),
-    ],
-    ids=["feed-forward", "residual block"],
-)
-def test_what_is_cheap_is_computed_again_for_the_same_gradient(layer, x, more, kept, otherwise, monkeypatch):
-    """kept, otherwise: for the backward pass, in sizes of x."""
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_quick_form_of_every_network_is_the_plain_one_to_rounding(name, learns, monkeypatch):
+    monkeypatch.setattr("minisd.runtime.optimize.TOKENS", 24)
+    monkeypatch.setattr("minisd.runtime.convolution.fewer_products_are_quicker", lambda *_: not learns)
+    sd = lively()
+    network = plain({"unet": sd.unet, "text": sd.text_encoder}.get(name, sd.vae))
+    generator = torch.Generator().manual_seed(0)
+    x, cond = torch.randn(2, 4, 16, 16, generator=generator), Conditioning(torch.randn(2, 5, 64, generator=generator))
+    with torch.set_grad_enabled(learns and "tiled" not in name):
+        expected = NETWORKS[name](network, x, cond).detach()
+        classes = [type(module) for module in network.modules()]
+        out = NETWORKS[name](optimize(network), x, cond).detach()
+    # 2e-5 of the largest value: sums of a few hundred float32 products in another order
+    torch.testing.assert_close(out, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+    assert [type(module) for module in network.modules()] != classes
+    assert [type(module) for module in plain(network).modules()] == classes
 
-    def learn() -> tuple[float, list[torch.Tensor]]:
-        layer.zero_grad()
-        own = x.clone().requires_grad_()
-        with profile(profile_memory=True) as seen:
-            out = layer(own, *more)
-        out.square().sum().backward()
-        held = sum(event.self_cpu_memory_usage for event in seen.events() if hasattr(event, "self_cpu_memory_usage"))
-        return held / x.nbytes, [own.grad, *(p.grad.clone() for p in layer.parameters())]
 
-    monkeypatch.setattr("minisd.nn.recomputed.LARGE", 0)
-    learn()  # what is allocated once
-    held, gradients = learn()
-    monkeypatch.undo()  # these tensors are small
-    plain_held, plain = learn()
-    assert held == pytest.approx(kept, rel=0.02)
-    assert plain_held == pytest.approx(otherwise, rel=0.02)
-    assert all(torch.equal(*pair) for pair in zip(gradients, plain, strict=True))
+def test_optimizing_twice_is_optimizing_once_and_every_form_is_a_form_of_its_layer():
+    unet = optimize(lively().unet)
+    classes = [type(module) for module in unet.modules()]
+    assert [type(module) for module in optimize(unet).modules()] == classes
+    assert all(issubclass(form, layer) for layer, form in FORMS.items())
 
 
 @pytest.mark.parametrize("name", ["unet", "vae"])
 def test_channels_last_changes_no_weight_and_no_output_beyond_rounding(name):
-    plain = getattr(lively(), name)
-    other = copy.deepcopy(plain)
+    own = getattr(lively(), name)
+    other = copy.deepcopy(own)
     channels_last(other)
-    for key, tensor in plain.state_dict().items():
+    for key, tensor in own.state_dict().items():
         assert torch.equal(other.state_dict()[key], tensor)
     conv = next(m for m in other.modules() if isinstance(m, Conv3x3))
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -65,7 +67,7 @@ def test_channels_last_changes_no_weight_and_no_output_beyond_rounding(name):
     cond = Conditioning(torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1)))
     run = (lambda network: network(x, 7, cond)) if name == "unet" else (lambda network: network.decode(x))
     with torch.no_grad():
-        expected, out = run(plain), run(other)
+        expected, out = run(plain(own)), run(other)
     # 2e-5 of the largest value: sums of a few hundred float32 products in another order
     torch.testing.assert_close(out, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
     before = [p.data_ptr() for p in other.parameters()]
@@ -89,9 +91,9 @@ def test_a_feed_forward_takes_its_tokens_in_parts_where_nothing_is_learnt(shape,
     torch.manual_seed(0)
     layer, x = FeedForward(8).double(), torch.randn(shape, dtype=torch.float64)
     whole = layer(x).detach()
-    tune(layer, torch.device("cpu"))
+    optimize(layer)
     parts = []
-    monkeypatch.setattr(layer, "gated", lambda tokens: parts.append(len(tokens)) or FeedForward.gated(layer, tokens))
+    layer.proj_in.register_forward_pre_hook(lambda _, inputs: parts.append(len(inputs[0])))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), whole, rtol=1e-13, atol=1e-13)
     full, rest = divmod(shape[0] * shape[1], TOKENS)
@@ -106,8 +108,9 @@ def test_memory_that_a_layer_frees_is_kept_for_the_next_unless_the_user_set_mall
     """Seen by the new pages that the system hands out for a second tensor, smaller than one that was freed."""
     program = """
 import resource, torch
-from minisd.runtime.tuning import give_back_freed_memory, keep_freed_memory, tune
-tune(torch.nn.Linear(1, 1), torch.device("cpu"))
+from minisd.runtime.allocator import give_back_freed_memory, keep_freed_memory
+from minisd.runtime.optimize import optimize
+optimize(torch.nn.Linear(1, 1))
 
 def new_pages(tensor):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

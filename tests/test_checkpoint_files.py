@@ -242,7 +242,7 @@ def test_a_file_can_be_saved_over_itself_while_mapped(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("failing", ["os.fsync", "os.replace", "_bytes_of"])
+@pytest.mark.parametrize("failing", ["files.os.fsync", "files.os.replace", "checkpoints.files.safe._bytes_of"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
 def test_a_failed_save_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch, failing, error):
     path = tmp_path / "x"
@@ -252,7 +252,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatc
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(f"minisd.checkpoints.files.safe.{failing}", fail)
+    monkeypatch.setattr(f"minisd.{failing}", fail)
     with pytest.raises(type(error)):
         save_safetensors(path, {"a": torch.zeros(3)})
     assert path.read_bytes() == before

@@ -24,8 +24,7 @@ from minisd.checkpoints.save import save_checkpoint
 from minisd.cli import BENCHES, COMMANDS, EVALUATIONS, PLOTS, TRAININGS, main
 from minisd.cli.options import Model
 from minisd.cli.output import Output, Preview, Strip
-from minisd.config import Settings
-from minisd.provenance.arguments import Txt2Img
+from minisd.tasks import Txt2Img
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "2"]
@@ -132,8 +131,8 @@ def test_several_prompts_become_numbered_pictures_with_seeds_that_count_on(minis
         (["img2img", "a dog", "cat.png", "--strength", "0.6", "--width", "48"], (48, 48)),
         (["inpaint", "a dog", "cat.png", "mask.png", "--strength", "0.9"], (32, 32)),
         (["outpaint", "a dog", "cat.png", "--left", "5", "--top", "8"], (37, 40)),
-        (["txt2img", "a dog", "--height", "48", "--width", "64", "--two-pass", "0.6"], (64, 48)),
-        (["txt2img", "a dog", "--variation-seed", "9", "--variation", "0.3"], (32, 32)),
+        (["txt2img", "a dog", "--height", "48", "--width", "64", "--hires-fix", "0.6"], (64, 48)),
+        (["txt2img", "a dog", "--variation-seed", "9", "--variation-strength", "0.3"], (32, 32)),
         (
             ["txt2img", "a dog", "--dtype", "bfloat16", "--sampler", "ddpm", "--guidance-interval", "100", "900"],
             (32, 32),
@@ -176,7 +175,7 @@ def test_a_trajectory_is_a_strip_that_ends_in_the_first_picture(minisd):
 
 
 def test_a_strip_of_many_steps_holds_ten_of_them_and_the_last():
-    (sampling,) = tasks.txt2img(lively(), "x", settings=Settings(steps=23))
+    (sampling,) = tasks.txt2img(lively(), "x", steps=23)
     strip, kept = Strip(), []
     for number, step in enumerate(sampling):
         before = len(strip.images)
@@ -188,7 +187,7 @@ def test_a_strip_of_many_steps_holds_ten_of_them_and_the_last():
 
 
 def test_a_preview_shows_what_is_coming_after_a_pause(tmp_path):
-    (sampling,) = tasks.txt2img(lively(), "x", settings=Settings(steps=2))
+    (sampling,) = tasks.txt2img(lively(), "x", steps=2)
     now, later, never = Preview(tmp_path / "now.png", pause=0), Preview(tmp_path / "later.png"), Preview(None, pause=0)
     for step in sampling:
         for preview in (now, later, never):
@@ -199,7 +198,7 @@ def test_a_preview_shows_what_is_coming_after_a_pause(tmp_path):
 
 
 def test_a_preview_that_cannot_be_written_does_not_cost_the_run(tmp_path):
-    (sampling,) = tasks.txt2img(lively(), "x", settings=Settings(steps=1))
+    (sampling,) = tasks.txt2img(lively(), "x", steps=1)
     (tmp_path / "file").write_text("")
     preview = Preview(tmp_path / "file" / "a.png", pause=0)
     with pytest.warns(UserWarning, match="no preview was written"):
@@ -377,7 +376,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(minisd, monkeypatch
     [
         ("sd1", ["txt2img", "x", "--height", "33"], "height 33 is not a multiple of 2"),
         ("sd1", ["txt2img", "x", "--steps", "2000"], "2000 steps"),
-        ("sd1", ["txt2img", "x", "--variation", "0.5"], "variation_seed"),
+        ("sd1", ["txt2img", "x", "--variation-strength", "0.5"], "variation_seed"),
         ("sd1", ["img2img", "x", "cat.png", "--strength", "0.01"], "runs none"),
         ("sd1", ["inpaint", "x", "cat.png", "sheet.png"], "make them equal"),
         ("inpaint", ["txt2img", "x"], "inpainting model"),
@@ -590,7 +589,7 @@ def test_every_command_explains_itself_in_80_columns(command):
 def test_every_option_of_a_task_is_there(minisd):
     out = minisd("txt2img", "--help", model=None)[1]
     shown = {line.split()[1] for line in out.splitlines() if line.startswith(("│ --", "│ PROMPT"))}
-    names = [field.name for part in (Txt2Img, Settings, Model, Output) for field in fields(part)]
+    names = [field.name for part in (Txt2Img, Model, Output) for field in fields(part)]
     assert shown == {"PROMPT", "--prompts"} | {"--" + name.replace("_", "-") for name in names}
 
 

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisd.config import PRESETS, SD1, ModelConfig, Settings, UNetConfig
+from minisd.config import PRESETS, SD1, ModelConfig, UNetConfig
+from minisd.tasks import Txt2Img
+from minisd.tasks.sampler_names import NAMES
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -76,20 +78,45 @@ def test_every_plan_pops_exactly_what_it_pushes(mult, blocks, levels):
     assert sum(s.resample == "down" for s in plan.down) == sum(s.resample == "up" for s in plan.up) == len(mult) - 1
 
 
-def test_settings_are_checked_when_they_are_made():
-    with pytest.raises(ValueError, match="steps=0: give 1 or more"):
-        Settings(steps=0)
-    with pytest.raises(ValueError, match=r"steps=2\.5: give 1 or more, and a whole number"):
-        Settings(steps=2.5)
-    with pytest.raises(ValueError, match=r"eta=0\.5 belongs to the sampler ddim, not to euler"):
-        Settings(eta=0.5, sampler="euler")
+def test_options_are_checked_when_they_are_made():
+    with pytest.raises(ValueError, match="steps is 0: give 1 or more"):
+        Txt2Img(steps=0)
+    with pytest.raises(ValueError, match=r"steps is 2\.5: give 1 or more, and a whole number"):
+        Txt2Img(steps=2.5)
 
 
-def test_the_samplers_that_the_settings_name_are_those_there_are():
+def test_the_samplers_that_the_help_names_are_those_there_are():
     from minisd.diffusion.samplers import SAMPLERS
 
-    listed = Settings.__doc__.split("sampler: ")[1].split("; in Python")[0].replace(" or ", ", ").replace("\n", " ")
-    assert sorted(name.strip() for name in listed.split(",")) == sorted(SAMPLERS)
+    assert sorted(NAMES) == sorted(SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "spacing"),
+    [
+        ("ddim", "ddim", None),
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("dpmpp_2m_karras", "dpmpp_2m", "karras"),
+        ("DPM++ 2M", "dpmpp_2m", None),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m", None),
+        ("Euler a", "euler_ancestral", None),
+        ("euler_a:s_noise=0.9", "euler_ancestral:s_noise=0.9", None),
+        ("EulerAncestralDiscreteScheduler", "euler_ancestral", None),
+        ("k_lms", "lms", None),
+        ("LMS Karras", "lms", "karras"),
+        ("PNDMScheduler", "plms", None),
+        ("of my own", "of my own", None),
+    ],
+)
+def test_samplers_are_known_by_the_names_of_other_programs(name, sampler, spacing):
+    options = Txt2Img(sampler=name)
+    assert (options.sampler, options.spacing) == (sampler, spacing)
+
+
+def test_a_name_that_means_a_spacing_does_not_go_with_another():
+    assert Txt2Img(sampler="DPM++ 2M Karras", spacing="karras").spacing == "karras"
+    with pytest.raises(ValueError, match="means spacing='karras', not 'trailing'"):
+        Txt2Img(sampler="DPM++ 2M Karras", spacing="trailing")
 
 
 @pytest.mark.parametrize(
@@ -97,9 +124,16 @@ def test_the_samplers_that_the_settings_name_are_those_there_are():
     [
         ({"guidance_scale": float("nan")}, "guidance_scale is nan: give a finite number"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale is 1\.5: it lies in \[0, 1\]"),
-        ({"guidance_interval": (900.0, 100.0)}, "give the lower time first"),
+        ({"guidance_interval": (900.0, 100.0)}, "give the lower timestep first"),
     ],
 )
-def test_settings_that_guide_nowhere_are_refused(change, sentence):
+def test_options_that_guide_nowhere_are_refused(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Settings(**change)
+        Txt2Img(**change)
+
+
+def test_a_config_written_before_it_named_its_task_is_told_by_its_inputs():
+    for preset in PRESETS.values():
+        values = json.loads(preset.to_json())
+        del values["task"]
+        assert ModelConfig.from_json(json.dumps(values)) == preset

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisd.runtime import conv3x3 as forms
-from minisd.runtime.conv3x3 import Conv3x3, conv3x3, conv3x3_as_product, conv3x3_winograd
+from minisd.nn.blocks import Conv3x3
+from minisd.runtime import convolution as forms
+from minisd.runtime.convolution import conv3x3, conv3x3_as_product, conv3x3_winograd
+from minisd.runtime.optimize import optimize
 
 
 def numbers(*shape, dtype=torch.float64):
@@ -82,12 +84,12 @@ def taken(monkeypatch, x, learns=False) -> list[str]:
     for name in ("conv3x3_as_product", "conv3x3_winograd"):
         monkeypatch.setattr(forms, name, lambda x, *_, name=name: seen.append(name) or x)
     with torch.set_grad_enabled(learns):
-        Conv3x3(x.shape[1], x.shape[1]).to(x.dtype)(x)
+        optimize(Conv3x3(x.shape[1], x.shape[1]).to(x.dtype))(x)
     return seen
 
 
 def test_a_bias_that_learns_alone_gets_its_gradient():
-    conv = Conv3x3(128, 128).requires_grad_(False)
+    conv = optimize(Conv3x3(128, 128)).requires_grad_(False)
     conv.bias.requires_grad_(True)
     conv(numbers(1, 128, 48, 48, dtype=torch.float32)).sum().backward()
     torch.testing.assert_close(conv.bias.grad, torch.full((128,), 48.0 * 48.0))

@@ -5,7 +5,6 @@ import pytest
 import torch
 from lively import lively, mask, picture, pixels
 
-from minisd.config import Settings
 from minisd.diffusion.samplers import SAMPLERS, Step
 from minisd.tasks import img2img, inpaint, txt2img
 
@@ -16,8 +15,8 @@ assert 75 < len(SD.tokenizer.encode(LONG)) <= 150
 PROMPTS = [SHORT, LONG, "a dog"]
 TASKS = {
     "txt2img": lambda **options: txt2img(SD, PROMPTS, **options),
-    "two passes": lambda **options: txt2img(SD, PROMPTS, height=48, width=56, two_pass=0.6, **options),
-    "variations": lambda **options: txt2img(SD, PROMPTS, variation_seed=90, variation=0.3, **options),
+    "two passes": lambda **options: txt2img(SD, PROMPTS, height=48, width=56, hires_fix=0.6, **options),
+    "variations": lambda **options: txt2img(SD, PROMPTS, variation_seed=90, variation_strength=0.3, **options),
     "img2img": lambda **options: img2img(SD, PROMPTS, picture(), **options),
     "inpaint": lambda **options: inpaint(SD, PROMPTS, picture(), mask((3, 3, 20, 30)), **options),
     "inpaint, 9 channels": lambda **options: inpaint(
@@ -37,8 +36,8 @@ def draws_of(task, batch_size: int) -> list[list[torch.Tensor]]:
             yield Step(x.clone(), x, t, None)
 
     images = []
-    settings = Settings(steps=3, sampler=sampler, batch_size=batch_size, convention="chunked")
-    for sampling in task(num_images=2, seed=5, settings=settings):
+    options = dict(steps=3, sampler=sampler, batch_size=batch_size, prompt_syntax="chunked")
+    for sampling in task(num_images=2, seed=5, **options):
         draws = []
         sampling.images()
         images += zip(*draws, strict=True)
@@ -47,9 +46,9 @@ def draws_of(task, batch_size: int) -> list[list[torch.Tensor]]:
 
 def run(task, batch_size: int, sampler: str = "ddim", **own):
     """(latents 'n c h w', pictures) of a call of two images for each of three prompts."""
-    settings = Settings(steps=5, sampler=sampler, batch_size=batch_size, convention="chunked", guidance_scale=4, **own)
+    options = dict(steps=5, sampler=sampler, batch_size=batch_size, prompt_syntax="chunked", guidance_scale=4, **own)
     latents, images = [], []
-    for sampling in task(num_images=2, seed=5, settings=settings):
+    for sampling in task(num_images=2, seed=5, **options):
         images += [] if sampling.is_draft else sampling.images()
         latents += [] if sampling.is_draft else [sampling.latents]
     return torch.cat(latents), images
@@ -97,9 +96,9 @@ def test_the_same_call_gives_the_same_bits(sampler):
 
 
 def test_in_a_batch_of_the_same_shape_other_neighbours_change_no_bit():
-    settings = Settings(steps=6, batch_size=3)
+    options = dict(steps=6, batch_size=3)
     apple, pear = (
-        next(iter(txt2img(SD, ["a dog", prompt, "a cat"], seed=5, settings=settings))) for prompt in ("apple", "pear")
+        next(iter(txt2img(SD, ["a dog", prompt, "a cat"], seed=5, **options))) for prompt in ("apple", "pear")
     )
     assert apple.images()[0] == pear.images()[0]
     assert apple.images()[2] == pear.images()[2]

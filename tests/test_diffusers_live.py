@@ -11,7 +11,7 @@ import torch
 from tiny import TINY, checkpoint, contiguous, ldm_file, random_network, same_tensors, weight
 
 from minisd.checkpoints.files import save_safetensors
-from minisd.checkpoints.keymaps import give, keymap
+from minisd.checkpoints.keymaps import keymap, to_official
 from minisd.checkpoints.load import load_checkpoint, load_network
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ControlNetConfig
@@ -177,7 +177,7 @@ def test_a_controlnet_of_ours_is_loaded_by_theirs_and_agrees(tmp_path):
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         conditioning_embedding_out_channels=(8, 16, 16, 24),
     ).eval()  # fmt: skip
-    theirs.load_state_dict(give(ours.state_dict(), keymap(ours, "diffusers")), strict=True)
+    theirs.load_state_dict(to_official(ours.state_dict(), keymap(ours, "diffusers")), strict=True)
     assert_same_control(ours, theirs)
 
 

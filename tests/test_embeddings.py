@@ -20,10 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 import minisd
-from minisd.adapters.embedding_picture import _random_bytes
 from minisd.adapters.embeddings import load_embeddings, save_embedding
 from minisd.checkpoints.doctor import inspect_checkpoint
 from minisd.checkpoints.files import CheckpointError, save_safetensors
+from minisd.checkpoints.files.embedding_image import _random_bytes
 from minisd.checkpoints.save import save_checkpoint
 
 WIDTH = 64  # of the small models' text encoder
@@ -140,18 +140,18 @@ def test_an_embedding_in_a_picture_is_read(tmp_path, more, token, place):
     assert list(found) == [token]
     assert torch.equal(found[token], x)  # a float32 in decimal digits comes back exactly
     page = " ".join(str(inspect_checkpoint(tmp_path / "toy.png")).split())
-    assert "a picture that carries a textual-inversion embedding" in page
+    assert "an image that carries a textual-inversion embedding" in page
     assert "3 of width 64" in page
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "a picture that carries no embedding, neither as text nor in its pixels"),
-        ("!", "the embedding in this picture is damaged"),
-        (base64.b64encode(b"{").decode(), "the embedding in this picture is damaged"),
-        (base64.b64encode(b"[1]").decode(), "the embedding in this picture is damaged"),
-        (base64.b64encode(b"[" * 100_000).decode(), "the embedding in this picture is damaged"),
+        (None, "an image that carries no embedding, neither as text nor in its pixels"),
+        ("!", "the embedding in this image is damaged"),
+        (base64.b64encode(b"{").decode(), "the embedding in this image is damaged"),
+        (base64.b64encode(b"[1]").decode(), "the embedding in this image is damaged"),
+        (base64.b64encode(b"[" * 100_000).decode(), "the embedding in this image is damaged"),
         (base64.b64encode(as_json(torch.ones(2, 2, 2))).decode(), r"has the shape \(2, 2, 2\)"),
         (base64.b64encode(b'{"string_to_param": {"*": {"TORCHTENSOR": [[1e999]]}}}').decode(), "not finite"),
     ],
@@ -219,12 +219,12 @@ def test_only_the_new_rows_are_new_and_the_token_reads_them(tmp_path):
     assert ids[2:5].tolist() == [49408, 49409, 49410]
 
 
-@pytest.mark.parametrize("convention", ["plain", "chunked", "a1111", "comfyui"])
-def test_the_placeholder_works_in_any_prompt(tmp_path, convention):
+@pytest.mark.parametrize("prompt_syntax", ["plain", "chunked", "a1111", "comfyui"])
+def test_the_placeholder_works_in_any_prompt(tmp_path, prompt_syntax):
     sd = lively()
     save_embedding(tmp_path / "a.safetensors", "<cat-toy>", vectors(4))
     sd.load_embedding(tmp_path / "a.safetensors", token="<it>")
-    options = {"steps": 2, "convention": convention}
+    options = {"steps": 2, "prompt_syntax": prompt_syntax}
     drawn = [pixels(sd.txt2img(f"a photo of {x}, red", **options)[0]) for x in ("<it>", "<cat-toy>", "it")]
     assert abs(drawn[0] - drawn[1]).max() > 10  # <cat-toy> is plain text
     assert abs(drawn[0] - drawn[2]).max() > 10

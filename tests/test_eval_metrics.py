@@ -13,13 +13,13 @@ from PIL import Image
 from tiny import random_network
 from training_tiny import MODEL
 
+from minisd.checkpoints.digests import network_digest
 from minisd.eval.features import (
     CLIPFeatures,
     DINOFeatures,
     cosine,
     load_dino,
     middle_square,
-    network_digest,
 )
 from minisd.eval.frechet import frechet_distance
 from minisd.eval.intervals import bootstrap, paired_bootstrap

@@ -16,17 +16,17 @@ from training_tiny import COLOURS, MODEL
 from minisd.checkpoints.save import save_checkpoint
 from minisd.cli import main
 from minisd.cli.evaluate import FILES, drawings
-from minisd.config import SD1, Settings
+from minisd.config import SD1
 from minisd.eval import mini
 from minisd.eval.drawings import Drawings, evenly
 from minisd.eval.features import CLIPFeatures
 from minisd.eval.report import spelled, table
 from minisd.eval.sheets import COMMON, PROMPTS, captioned, shuffled
-from minisd.pipeline import StableDiffusion
+from minisd.stable_diffusion import StableDiffusion
 from minisd.training.captions import with_article
 
 STYLES = ("noto", "fluent", "flat", "twemoji")
-QUICK = Settings(steps=2, batch_size=8)
+QUICK = {"steps": 2, "batch_size": 8}
 PLAN = mini.Plan(concepts=4, pictures=4, reconstructions=4)
 
 
@@ -62,7 +62,7 @@ def sets(data):
 
 @pytest.fixture(scope="module")
 def sd():
-    return StableDiffusion(checkpoint(MODEL))
+    return StableDiffusion.of(checkpoint(MODEL))
 
 
 def of(rows, measure, start):

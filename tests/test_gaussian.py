@@ -13,26 +13,31 @@ from torch.testing import assert_close
 from minisd.diffusion.gaussian import (
     Chain,
     Gaussian,
-    bits_per_dim,
-    discretized_log_likelihood,
     from_network,
-    kl,
     learned_range,
     p_mean_variance,
     per_image,
     posterior,
-    prior_term,
     read,
-    standard_normal_cdf,
-    variational_bound,
-    vlb_term,
     x_0_from_mean,
 )
-from minisd.diffusion.losses import LossSecondMoment, hybrid_loss, training_target, vlb_loss
-from minisd.diffusion.prediction import clipped
+from minisd.diffusion.prediction import Prediction, clipped
 from minisd.diffusion.samplers import ddpm
-from minisd.diffusion.schedule import Prediction, Schedule, cosine_betas, linear_betas
+from minisd.diffusion.schedule import Schedule, cosine_betas, linear_betas
 from minisd.diffusion.spacing import space_timesteps
+from minisd.training.improved_ddpm import (
+    LossSecondMoment,
+    bits_per_dim,
+    discretized_log_likelihood,
+    hybrid_loss,
+    kl,
+    prior_term,
+    standard_normal_cdf,
+    training_target,
+    variational_bound,
+    vlb_loss,
+    vlb_term,
+)
 
 DATA = Path(__file__).parent / "data"
 CHAINS = {"linear": Chain(Schedule(linear_betas())), "cosine": Chain(Schedule(cosine_betas()))}

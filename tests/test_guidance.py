@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from minisd.diffusion.gaussian import Chain, from_network, p_mean_variance
 from minisd.diffusion.guidance import classifier_gradient, classifier_guided, classifier_guided_mean, guided
-from minisd.diffusion.prediction import clipped, from_v, from_x_0
+from minisd.diffusion.prediction import as_model, clipped
 from minisd.diffusion.schedule import Schedule, cosine_betas, linear_betas, scaled_linear_betas
 
 DATA = Path(__file__).parent / "data"
@@ -117,7 +117,8 @@ def test_guiding_eps_v_or_x_0_is_the_same():
         return SD.x_0_from_eps(x, t, Network()(x, t, cond))
 
     eps = guided(Network(), COND, UNCOND, 7.5)(x, 300)
-    for model in (from_v(guided(as_v, COND, UNCOND, 7.5), SD), from_x_0(guided(as_x_0, COND, UNCOND, 7.5), SD)):
+    for network, predicts in ((as_v, "v"), (as_x_0, "x_0")):
+        model = as_model(guided(network, COND, UNCOND, 7.5), SD, predicts)
         assert_close(model(x, 300).eps, eps, rtol=0, atol=1e-10)
 
 

@@ -7,27 +7,26 @@ from hypothesis import strategies as st
 from lively import lively, only, picture
 from PIL import Image
 
-from minisd.config import Settings
-from minisd.tasks import img2img
+from minisd.tasks import Img2Img, img2img
 from minisd.tasks.images import to_tensor
 from minisd.tasks.img2img import partial_timesteps
 
 KINDS = {"eps": lively("SD1"), "v": lively("SD2_V"), "x_0": lively("SD1", prediction="x_0")}
 SD = KINDS["eps"]
-QUICK = Settings(steps=2, guidance_scale=2)
+QUICK = {"steps": 2, "guidance_scale": 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_img2img_starts_from_the_noised_picture(kind):
     sd = KINDS[kind]
-    sampling = only(img2img(sd, "a dog", picture(), strength=0.5, seed=3, settings=Settings(steps=10)))
+    sampling = only(img2img(sd, "a dog", picture(), strength=0.5, seed=3, steps=10))
     g = torch.Generator().manual_seed(3)
     posterior = sd.vae.encode(to_tensor(picture()))
     x_0 = posterior.mean + posterior.std * torch.randn(1, 4, 16, 16, generator=g)
     abar = sd.schedule.alphas_cumprod[401].float()
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * torch.randn(1, 4, 16, 16, generator=g)
     assert [step.t for step in sampling] == [401, 301, 201, 101, 1]
-    first = only(img2img(sd, "a dog", picture(), strength=0.5, seed=3, settings=Settings(steps=10))).latents
+    first = only(img2img(sd, "a dog", picture(), strength=0.5, seed=3, steps=10)).latents
     torch.testing.assert_close(first, x_t, rtol=0, atol=1e-5)  # float32 rounding
 
 
@@ -37,9 +36,9 @@ def test_a_strength_runs_the_floor_of_its_share_of_the_steps(steps, strength):
     expected = min(int(steps * strength + 1e-9), steps)
     if expected == 0:
         with pytest.raises(ValueError, match=r"runs none: use .* or more, or exact_steps"):
-            partial_timesteps(SD, Settings(steps=steps), strength)
+            partial_timesteps(SD, Img2Img(steps=steps), strength)
         return
-    found = partial_timesteps(SD, Settings(steps=steps), strength)
+    found = partial_timesteps(SD, Img2Img(steps=steps), strength)
     assert found == SD.schedule.timesteps(steps)[-expected:]
 
 
@@ -48,10 +47,10 @@ def test_a_strength_runs_the_floor_of_its_share_of_the_steps(steps, strength):
 def test_exact_steps_runs_all_of_them_from_the_same_noise(steps, strength):
     if steps > round(1000 * strength):
         with pytest.raises(ValueError, match="use fewer steps, or a larger strength"):
-            partial_timesteps(SD, Settings(steps=steps), strength, exact_steps=True)
+            partial_timesteps(SD, Img2Img(steps=steps), strength, exact_steps=True)
         return
     for spacing in ("leading", "trailing", "karras"):
-        settings = Settings(steps=steps, spacing=spacing)
+        settings = Img2Img(steps=steps, spacing=spacing)
         found = partial_timesteps(SD, settings, strength, exact_steps=True)
         assert len(found) == steps
         most = round(1000 * strength) - 1
@@ -61,18 +60,16 @@ def test_exact_steps_runs_all_of_them_from_the_same_noise(steps, strength):
 
 def test_the_hundred_percent_trap():
     """0.29 · 100 is 28.999999999999996 in floating point."""
-    assert len(only(img2img(SD, "", picture(), strength=0.29, settings=Settings(steps=100)))) == 29
+    assert len(only(img2img(SD, "", picture(), strength=0.29, steps=100))) == 29
 
 
 @pytest.mark.parametrize("size", [(33, 21), (1, 1), (40, 32), (5, 64)])
 def test_img2img_gives_back_the_size_it_was_given(size):
-    assert SD.img2img("a dog", picture(*size), settings=QUICK)[0].size == size
+    assert SD.img2img("a dog", picture(*size), **QUICK)[0].size == size
 
 
 def test_img2img_resizes_first_and_keeps_proportions_where_one_side_is_given():
     for asked, size in (({"height": 16}, (32, 16)), ({"width": 16}, (16, 8)), ({"height": 9, "width": 30}, (30, 9))):
-        assert SD.img2img("a dog", picture(40, 20), settings=QUICK, **asked)[0].size == size
+        assert SD.img2img("a dog", picture(40, 20), **QUICK, **asked)[0].size == size
     resized = picture(40, 20).resize((32, 16), Image.Resampling.LANCZOS)
-    assert SD.img2img("a dog", resized, settings=QUICK) == SD.img2img(
-        "a dog", picture(40, 20), height=16, settings=QUICK
-    )
+    assert SD.img2img("a dog", resized, **QUICK) == SD.img2img("a dog", picture(40, 20), height=16, **QUICK)

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from lively import Watched, lively, mask, only, picture, pixels
 from PIL import Image
 
-from minisd.config import Settings
 from minisd.tasks import inpaint
 from minisd.tasks.images import inward_feather, to_mask, to_tensor
 
 SD, INPAINTING = lively(), lively("SD1_INPAINT")
-QUICK = Settings(steps=2, guidance_scale=2)
+QUICK = {"steps": 2, "guidance_scale": 2}
 
 
 @st.composite
@@ -33,7 +32,7 @@ def repainting(draw):
 def test_unmasked_pixels_come_back_bit_for_bit(case):
     white, feather, strength = case
     image = picture(*white.size)
-    (result,) = SD.inpaint("a dog", image, white, feather=feather, strength=strength, settings=QUICK)
+    (result,) = SD.inpaint("a dog", image, white, feather=feather, strength=strength, **QUICK)
     outside = pixels(white) == 0
     assert result.size == image.size
     assert (pixels(result)[outside] == pixels(image)[outside]).all()
@@ -47,14 +46,14 @@ def test_unmasked_pixels_come_back_bit_for_bit_from_a_9_channel_model(case):
     white, feather, strength = case
     white.paste(255, (0, 0, 2, 2))  # a latent's upper left pixel, which the model sees
     image = picture(*white.size)
-    (result,) = INPAINTING.inpaint("a dog", image, white, feather=feather, strength=strength, settings=QUICK)
+    (result,) = INPAINTING.inpaint("a dog", image, white, feather=feather, strength=strength, **QUICK)
     outside = pixels(white) == 0
     assert (pixels(result)[outside] == pixels(image)[outside]).all()
 
 
 def test_the_feather_blends_inside_the_mask():
     white = mask((8, 8, 26, 26))
-    hard, soft = (SD.inpaint("a dog", picture(), white, feather=f, settings=QUICK)[0] for f in (0, 4))
+    hard, soft = (SD.inpaint("a dog", picture(), white, feather=f, **QUICK)[0] for f in (0, 4))
     weight = inward_feather(to_mask(white, (32, 32)), 4)[0, 0].numpy()[..., None]
     expected = pixels(picture()) + weight * (pixels(hard) - pixels(picture()))
     assert abs(pixels(soft) - expected).max() <= 0.5
@@ -62,7 +61,7 @@ def test_the_feather_blends_inside_the_mask():
 
 def test_known_latents_are_put_back_after_every_step():
     white = mask((10, 0, 32, 32))
-    sampling = only(inpaint(SD, "a dog", picture(), white, seed=2, settings=Settings(steps=5, guidance_scale=2)))
+    sampling = only(inpaint(SD, "a dog", picture(), white, seed=2, steps=5, guidance_scale=2))
     g = torch.Generator().manual_seed(2)
     posterior = SD.vae.encode(to_tensor(picture()))
     x_0 = posterior.mean + posterior.std * torch.randn(1, 4, 16, 16, generator=g)
@@ -76,7 +75,7 @@ def test_known_latents_are_put_back_after_every_step():
 
 def test_a_latent_is_kept_only_where_none_of_its_pixels_is_to_be_painted():
     white = mask((9, 0, 32, 32))  # the fifth column of latents holds pixels 8 and 9
-    (step,) = only(inpaint(SD, "a dog", picture(), white, settings=Settings(steps=1)))
+    (step,) = only(inpaint(SD, "a dog", picture(), white, steps=1))
     posterior = SD.vae.encode(to_tensor(picture()))
     x_0 = posterior.mean + posterior.std * torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     kept = torch.isclose(step.x, x_0, rtol=0, atol=1e-5).all(dim=(0, 1, 2))
@@ -119,8 +118,8 @@ def test_full_strength_forgets_and_less_remembers_what_was_under_the_mask():
             SD.inpaint("a dog", i, white, steps=4, strength=strength, feather=0) for i in (picture(), other)
         )
         assert (first == second) is same
-    forgets = only(inpaint(SD, "a dog", picture(), white, settings=Settings(steps=4))).latents
-    noise_only = only(inpaint(SD, "a dog", other, white, settings=Settings(steps=4))).latents
+    forgets = only(inpaint(SD, "a dog", picture(), white, steps=4)).latents
+    noise_only = only(inpaint(SD, "a dog", other, white, steps=4)).latents
     assert torch.equal(forgets[..., 2:15, 4:10], noise_only[..., 2:15, 4:10])
 
 
@@ -145,14 +144,14 @@ def test_outpainting_is_inpainting_a_frame():
     for x in range(8):  # its last column goes on
         wider.paste(image.crop((31, 0, 32, 32)), (32 + x, 0))
     wider.paste(image, (0, 0))
-    assert SD.outpaint("a dog", image, right=8, settings=QUICK) == SD.inpaint(
-        "a dog", wider, mask((32, 0, 40, 32), 40, 32), settings=QUICK
+    assert SD.outpaint("a dog", image, right=8, **QUICK) == SD.inpaint(
+        "a dog", wider, mask((32, 0, 40, 32), 40, 32), **QUICK
     )
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
 def test_pictures_of_every_mode_are_redrawn_and_repainted(mode):
     image = picture(mode=mode)
-    (result,) = SD.inpaint("a dog", image, mask((0, 0, 9, 9)), settings=QUICK)
+    (result,) = SD.inpaint("a dog", image, mask((0, 0, 9, 9)), **QUICK)
     assert (pixels(result)[9:] == pixels(image.convert("RGB"))[9:]).all()
-    assert SD.img2img("a dog", image, settings=QUICK)[0].mode == "RGB"
+    assert SD.img2img("a dog", image, **QUICK)[0].mode == "RGB"

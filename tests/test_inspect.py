@@ -14,11 +14,11 @@ from reference import DATA, manifest
 from torch import nn
 
 import minisd
-from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.doctor import inspect_checkpoint
 from minisd.checkpoints.evidence import PROBE_TENSORS
 from minisd.checkpoints.files import open_tensors, save_safetensors
 from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.networks import NETWORKS
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import CLIPTextConfig, ModelConfig, UNetConfig, VAEConfig
 from minisd.models.unet import Conditioning
@@ -62,7 +62,7 @@ TINY = ModelConfig(
 
 def tiny_checkpoint(config=TINY, **changes):
     torch.manual_seed(0)
-    networks = {name: NETWORKS[name](getattr(config, name)) for name in ("unet", "vae", "text")}
+    networks = {name: NETWORKS[name].module(getattr(config, name)) for name in ("unet", "vae", "text")}
     for network in networks.values():
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.02)

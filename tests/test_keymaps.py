@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from reference import manifest
 from tiny import random_network
 
-from minisd.checkpoints.building import NETWORKS
-from minisd.checkpoints.keymaps import give, keymap, take
+from minisd.checkpoints.keymaps import from_official, keymap, to_official
+from minisd.checkpoints.networks import NETWORKS
 from minisd.config import (
     PRESETS,
     SD1,
@@ -62,7 +62,7 @@ OFFICIAL = [
 
 def on_meta(name, config):
     with torch.device("meta"):
-        return NETWORKS[name](config)
+        return NETWORKS[name].module(config)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_key_map_is_a_bijection_on_official_names_and_shapes(name, prefix, n
     assert set(names) == set(network.state_dict())
     assert len({(s.key, s.third) for s in names.values()}) == len(names)
     assert {s.key for s in names.values()} == set(official) - not_run
-    ours = take(lambda key: torch.empty(official[key], device="meta"), names)
+    ours = from_official(lambda key: torch.empty(official[key], device="meta"), names)
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in network.state_dict().items()}
 
 
@@ -206,8 +206,8 @@ def test_take_undoes_give_bit_for_bit(case):
     state = network.state_dict()
     for dialect in ("ldm", "diffusers") if case[0] == "vae" else ("hf", "openclip"):
         names = keymap(network, dialect)
-        file = give(state, names)
-        again = take(file.__getitem__, names)
+        file = to_official(state, names)
+        again = from_official(file.__getitem__, names)
         assert set(again) == set(state)
         assert all(torch.equal(again[n], state[n]) for n in state)
 
@@ -215,8 +215,8 @@ def test_take_undoes_give_bit_for_bit(case):
 def test_taking_reads_a_packed_projection_once_and_copies_nothing():
     network = random_network("text", CLIPTextConfig(vocab_size=30, length=8, width=32, layers=2, heads=2, mlp_width=48))
     names = keymap(network, "openclip")
-    file, read = give(network.state_dict(), names), []
-    state = take(lambda key: read.append(key) or file[key], names)
+    file, read = to_official(network.state_dict(), names), []
+    state = from_official(lambda key: read.append(key) or file[key], names)
     assert len(read) == len(set(read)) == len(file)
     storages = {tensor.untyped_storage().data_ptr() for tensor in file.values()}
     assert {tensor.untyped_storage().data_ptr() for tensor in state.values()} <= storages

@@ -24,7 +24,7 @@ from tiny import (
 
 from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.files import CheckpointError, save_safetensors
-from minisd.checkpoints.keymaps import give, keymap
+from minisd.checkpoints.keymaps import keymap, to_official
 from minisd.checkpoints.load import load_checkpoint, load_network, open_checkpoint
 from minisd.checkpoints.save import ldm_tensors, save_checkpoint
 from minisd.config import PRESETS, ControlNetConfig
@@ -77,7 +77,7 @@ def test_an_unclip_l_file_is_told_from_h_by_its_shapes(tmp_path):
     tensors = {k: v for k, v in manifest("sd-2-1-unclip-h")["tensors"].items() if not k.startswith("embedder.")}
     tensors["model.diffusion_model.label_emb.0.0.weight"] = [[1280, 1536], "F32"]
     vision = on_meta("vision", PRESETS["SD2_UNCLIP_L"].vision)
-    official = give(vision.state_dict(), keymap(vision, "openclip"))
+    official = to_official(vision.state_dict(), keymap(vision, "openclip"))
     tensors |= {f"embedder.model.visual.{name}": [tuple(t.shape), "F32"] for name, t in official.items()}
     loaded = load_checkpoint(sparse_file(tmp_path / "model.safetensors", tensors))
     assert loaded.config == PRESETS["SD2_UNCLIP_L"]
@@ -302,7 +302,7 @@ def test_weights_ema_is_refused_where_the_file_has_none_or_too_few(tmp_path):
 def vae_files(tmp_path, config):
     """The same VAE as people have it: as a file in either layout, a training file, a component and a whole folder."""
     network = random_network("vae", config, seed=99)
-    original, theirs = (give(network.state_dict(), keymap(network, d)) for d in ("ldm", "diffusers"))
+    original, theirs = (to_official(network.state_dict(), keymap(network, d)) for d in ("ldm", "diffusers"))
     original, theirs = contiguous(original), contiguous(theirs)
     loss = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(3, 3)}
     save_safetensors(tmp_path / "ldm.safetensors", original)
@@ -345,7 +345,7 @@ def test_vae_takes_every_kind_of_file_and_folder(tmp_path):
 def test_a_vae_with_a_training_loss_in_a_folder_loads(tmp_path):
     network, places = vae_files(tmp_path, TINY["SD1"].vae)
     weights = places["a component's folder"] / "diffusion_pytorch_model.safetensors"
-    tensors = contiguous(give(network.state_dict(), keymap(network, "diffusers")))
+    tensors = contiguous(to_official(network.state_dict(), keymap(network, "diffusers")))
     save_safetensors(weights, tensors | {"loss.logvar": torch.zeros(())})
     assert same_tensors(load_network(places["a whole folder"], "vae").state_dict(), network.state_dict())
 
@@ -386,7 +386,7 @@ def test_a_controlnet_folder_says_its_own_config(tmp_path):
     network = random_network("control", config)
     save_safetensors(
         tmp_path / "diffusion_pytorch_model.safetensors",
-        contiguous(give(network.state_dict(), keymap(network, "diffusers"))),
+        contiguous(to_official(network.state_dict(), keymap(network, "diffusers"))),
     )
     (tmp_path / "config.json").write_text(json.dumps({"attention_head_dim": [2, 4], "only_cross_attention": False}))
     loaded = load_network(tmp_path, "control")

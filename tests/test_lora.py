@@ -16,15 +16,15 @@ from tiny import TINY, checkpoint, random_network, sparse_file
 
 import minisd
 from minisd.adapters.lora import LowRank, MergedLoras, layer_of, load_lora, save_lora
-from minisd.adapters.lora_names import their_names
 from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.files import CheckpointError, save_safetensors
 from minisd.checkpoints.keymaps import keymap
+from minisd.checkpoints.lora_files import names_to_official
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import PRESETS
 
 NETWORKS = {"unet": random_network("unet", TINY["SD1"].unet), "text": random_network("text", TINY["SD1"].text)}
-NAMES = their_names(NETWORKS)  # ours → (network, path) of theirs
+NAMES = names_to_official(NETWORKS)  # ours → (network, path) of theirs
 LAYERS = list(NAMES)
 ATTN, CONV = "unet.down.0.attn.blocks.0.attn2.to_k", "unet.mid.0.res.conv1"
 ATTN_PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -94,10 +94,10 @@ def test_unmerging_restores_every_bit_and_is_nothing_without_a_lora():
     sd = lively()
     before = weights(sd)
     sd.unmerge()
-    sd.loras.merge("a", random_lora(their_names(sd.loras.networks), networks=sd.loras.networks), 0.7)
+    sd.loras.merge("a", random_lora(names_to_official(sd.loras.networks), networks=sd.loras.networks), 0.7)
     after = weights(sd)
     changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
-    assert changed == set(their_names(sd.loras.networks))
+    assert changed == set(names_to_official(sd.loras.networks))
     sd.unmerge()
     sd.unmerge()
     assert equal(weights(sd), before)

@@ -7,8 +7,8 @@ from test_lora import file_of, old_attention_name, random_lora, same_changes
 
 import minisd
 from minisd.adapters.lora import load_lora, save_lora
-from minisd.adapters.lora_names import their_names
 from minisd.checkpoints.files import save_safetensors
+from minisd.checkpoints.lora_files import names_to_official
 from minisd.checkpoints.save import save_checkpoint
 from minisd.models.unet import Conditioning
 
@@ -53,7 +53,7 @@ def assert_same_outputs(ours, theirs, *, base):
 def run_layers(networks, kind):
     """The layers that diffusers has: it drops the last block of a text encoder that skips it, and the projection."""
     absent = ("text.projection", "text.blocks.2") if kind == "SD2_V" else ("text.projection",)
-    return [layer for layer in their_names(networks) if not layer.startswith(absent)]
+    return [layer for layer in names_to_official(networks) if not layer.startswith(absent)]
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft"])

@@ -1,6 +1,5 @@
 """What a sampling will take is found without computing it, and agrees with what PyTorch's allocator then hands out."""
 
-import copy
 import os
 import sys
 from functools import partial
@@ -12,11 +11,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from minisd.config import Settings
+from minisd.models.latents import decoded
 from minisd.models.unet import Conditioning
 from minisd.runtime import memory
 from minisd.tasks import txt2img
-from minisd.tasks.latents import decoded
 
 SD = lively("SD1")
 N = 4 * 1000  # bytes of a thousand floats
@@ -45,15 +43,17 @@ class WithoutScratch(TorchFunctionMode):
         return torch.empty_like(made, device="cpu")
 
 
-@pytest.mark.parametrize("tile", [0, 16])
+@pytest.mark.parametrize("vae_tiling", [0, 16])
 @torch.no_grad()
-def test_a_step_and_the_decoding_take_what_the_allocator_hands_out(tile):
-    sampling = only(txt2img(SD, "a", height=96, width=64, settings=Settings(steps=1, tile=tile)))
+def test_a_step_and_the_decoding_take_what_the_allocator_hands_out(vae_tiling):
+    sampling = only(txt2img(SD, "a", height=96, width=64, steps=1, vae_tiling=vae_tiling))
     needs, both = memory.needs(sampling), torch.cat([sampling.batch.cond.context, sampling.batch.uncond.context])
     x = sampling.latents.repeat(2, 1, 1, 1)
     assert needs.step == pytest.approx(handed_out(lambda: SD.unet(x, 0, Conditioning(both))), rel=0.05)
     with WithoutScratch():
-        assert needs.decode == pytest.approx(handed_out(lambda: decoded(SD.vae, sampling.latents, tile)), rel=0.05)
+        assert needs.decode == pytest.approx(
+            handed_out(lambda: decoded(SD.vae, sampling.latents, vae_tiling)), rel=0.05
+        )
 
 
 def test_what_is_freed_is_counted_no_longer_and_weights_and_views_never():
@@ -67,15 +67,15 @@ def test_what_is_freed_is_counted_no_longer_and_weights_and_views_never():
 
 
 def test_the_matrix_of_attention_is_never_held():
-    sides = [only(txt2img(SD, "a", height=side, width=side, settings=Settings(steps=1))) for side in (64, 128)]
+    sides = [only(txt2img(SD, "a", height=side, width=side, steps=1)) for side in (64, 128)]
     small, large = (memory.needs(sampling).step for sampling in sides)
     assert large < 4.2 * small  # 4 times the pixels; 16 times the matrix
 
 
 def test_guidance_batch_and_precision_count():
     def step(sd=SD, **changes) -> int:
-        settings = Settings(steps=1, **changes)
-        return memory.needs(only(txt2img(sd, "a", num_images=settings.batch_size, settings=settings))).step
+        options = {"steps": 1, **changes}
+        return memory.needs(only(txt2img(sd, "a", num_images=options.get("batch_size", 1), **options))).step
 
     assert step() == pytest.approx(2 * step(guidance_scale=1), rel=0.02)
     assert 2 * step() < step(batch_size=3) < 3 * step()  # what feed-forward layers hold does not grow any more
@@ -86,12 +86,12 @@ def test_guidance_batch_and_precision_count():
 
 def test_weights_are_those_of_all_networks():
     networks = (SD.unet, SD.vae, SD.text_encoder)
-    needs = memory.needs(only(txt2img(SD, "a", settings=Settings(steps=1))))
+    needs = memory.needs(only(txt2img(SD, "a", steps=1)))
     assert needs.weights == sum(4 * weight.numel() for n in networks for weight in n.parameters())
 
 
 def test_small_samplings_are_not_measured_and_large_ones_are():
-    sampling = only(txt2img(SD, "a", settings=Settings(steps=1)))
+    sampling = only(txt2img(SD, "a", steps=1))
     assert not memory.is_large(sampling)
     sampling.latents = torch.empty(1, 4, 512, 512, device="meta")
     assert memory.is_large(sampling)
@@ -101,21 +101,3 @@ def test_small_samplings_are_not_measured_and_large_ones_are():
 def test_what_is_available_is_between_nothing_and_what_the_machine_has():
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert machine / 1000 < memory.available(torch.device("cpu")) <= machine
-
-
-@pytest.mark.parametrize(
-    ("dtype", "learns", "given"),
-    [(torch.bfloat16, False, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
-)
-def test_large_blocks_of_a_decoding_in_half_precision_give_memory_back_first(dtype, learns, given, monkeypatch):
-    network, calls, sizes = copy.deepcopy(lively().vae).to(dtype), [], []
-    monkeypatch.setattr("minisd.models.vae.give_back_freed_memory", lambda: calls.append(True))
-    for block in (block for up in network.decoder.up for block in up.block):
-        block.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].nbytes))
-    with torch.set_grad_enabled(learns):
-        network.decode(z := torch.zeros(1, 4, 8, 8, dtype=dtype))
-        assert not calls  # all are small
-        large = [size for size in sizes if size == max(sizes)]
-        monkeypatch.setattr("minisd.models.vae.LARGE", max(sizes))
-        network.decode(z)
-    assert len(calls) == given * len(large)

@@ -12,7 +12,7 @@ import recipe
 import torch
 from reference import build, given, load, manifest
 
-from minisd.checkpoints.keymaps import give, keymap
+from minisd.checkpoints.keymaps import keymap, to_official
 from minisd.config import (
     SD1,
     SD1_INPAINT,
@@ -69,7 +69,7 @@ def test_tiny_unet_has_the_originals_gradients(name, config):
     agrees(x.grad, reference["out_grad_x"], 1e-4)
     agrees(context.grad, reference["out_grad_context"], 1e-4)
 
-    grads = give({n: p.grad for n, p in unet.named_parameters()}, keymap(unet, "ldm"))
+    grads = to_official({n: p.grad for n, p in unet.named_parameters()}, keymap(unet, "ldm"))
     keys = sorted(grads)
     norms = torch.stack([grads[key].norm() for key in keys])
     torch.testing.assert_close(norms, reference["out_grad_norm"].float(), rtol=1e-4, atol=1e-4)

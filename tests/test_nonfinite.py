@@ -9,10 +9,10 @@ import torch
 from lively import Watched, lively, mask, only, picture, pixels
 from PIL import Image
 
-from minisd.config import Settings
 from minisd.diffusion.samplers import ddim
-from minisd.pipeline import StableDiffusion
-from minisd.tasks import NonFiniteError, txt2img
+from minisd.models.nonfinite import NonFiniteError
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import txt2img
 from minisd.tasks.images import to_pil
 
 
@@ -44,12 +44,12 @@ def test_the_text_encoders_layer_is_named(layer):
 
 
 @pytest.mark.parametrize("layer", ["post_quant_conv", "decoder.mid.attn_1.v", "decoder.up.1.upsample.conv"])
-@pytest.mark.parametrize("tile", [0, 8])
-def test_the_vaes_layer_is_named_with_and_without_stripes(layer, tile):
+@pytest.mark.parametrize("vae_tiling", [0, 8])
+def test_the_vaes_layer_is_named_with_and_without_stripes(layer, vae_tiling):
     with pytest.raises(
         NonFiniteError, match=rf"the VAE's decoder .* first in the layer {re.escape(layer)}, whose weights"
     ):
-        damaged("vae", layer).txt2img("a dog", steps=2, tile=tile)
+        damaged("vae", layer).txt2img("a dog", steps=2, vae_tiling=vae_tiling)
 
 
 def test_the_encoders_layer_is_named_before_any_step_is_taken():
@@ -114,7 +114,7 @@ def test_half_precision_models_draw_without_a_warning():
             network.to(dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            sampling = only(txt2img(sd, "a dog", settings=Settings(steps=3)))
+            sampling = only(txt2img(sd, "a dog", steps=3))
             (image,) = sampling.images()
         assert sampling.latents.dtype == torch.float32
         assert pixels(image).std() > 20
@@ -127,7 +127,7 @@ def test_black_pictures_are_remarked_on_with_their_seeds():
     with pytest.warns(UserWarning, match="is all black") as seen:
         images = sd.txt2img("a dog", steps=2, seed=5, num_images=2, batch_size=2)
     assert images == to_pil(torch.full((2, 3, 32, 32), -1.0))
-    assert [str(w.message)[:29] for w in seen] == ["the picture of seed 5 is all ", "the picture of seed 6 is all "]
+    assert [str(w.message)[:29] for w in seen] == ["the image of seed 5 is all bl", "the image of seed 6 is all bl"]
 
 
 def test_dark_pictures_are_not_black():

@@ -11,10 +11,10 @@ from PIL import Image
 import minisd
 from minisd.adapters.lora import Lora, LowRank, save_lora
 from minisd.cli import main
-from minisd.config import Settings
+from minisd.cli.options import Model
 from minisd.runtime import memory
 from minisd.runtime.offload import Offload
-from minisd.runtime.tuning import channels_last
+from minisd.runtime.optimize import channels_last
 from minisd.tasks import txt2img
 from minisd.training.subject.recipe import with_networks
 
@@ -23,17 +23,17 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3),
 MASK = Image.fromarray(np.tile(np.uint8([0, 255]), (32, 16)))
 TASKS = {
     "txt2img": lambda sd: sd.txt2img("a red apple", steps=2, num_images=2),
-    "two passes": lambda sd: sd.txt2img("a red apple", steps=2, height=96, width=96, two_pass=0.5),
+    "two passes": lambda sd: sd.txt2img("a red apple", steps=2, height=96, width=96, hires_fix=0.5),
     "img2img": lambda sd: sd.img2img("a red apple", PICTURE, steps=2),
     "inpaint": lambda sd: sd.inpaint("a red apple", PICTURE, MASK, steps=2),
     "outpaint": lambda sd: sd.outpaint("a red apple", PICTURE, right=16, steps=2),
-    "tiles": lambda sd: sd.txt2img("a red apple", steps=2, tile=64, height=96, width=96),
+    "tiles": lambda sd: sd.txt2img("a red apple", steps=2, vae_tiling=64, height=96, width=96),
 }
 
 
 def offloaded(device="cpu"):
     sd = copy.deepcopy(PLAIN)
-    sd.offload = Offload(device)
+    sd.offload = Offload(device, sd.networks.values())
     return sd
 
 
@@ -61,7 +61,7 @@ def test_a_layer_runs_while_its_network_alone_is_on_the_device_and_pictures_are_
     for ours, plain in zip(TASKS[name](sd), TASKS[name](PLAIN), strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(plain))
     assert ran == {"text", "unet", "vae"}
-    sd.rest()
+    sd.unload()
     assert places(sd) == home
 
 
@@ -77,18 +77,18 @@ def test_where_a_copy_fails_none_is_left_and_the_next_call_works(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", full)
     with pytest.raises(RuntimeError, match="out of memory"):
-        sd.bring(sd.unet)
+        sd.offload.load(sd.unet)
     assert places(sd) == home
-    sd.bring(sd.unet)
+    sd.offload.load(sd.unet)
     assert not places(sd)["unet"] & home["unet"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_networks_really_go_to_the_device():
     sd = offloaded("cuda")
-    sd.bring(sd.unet)
+    sd.offload.load(sd.unet)
     assert {t.device.type for t in sd.unet.parameters()} == {"cuda"}
-    sd.bring(sd.vae)
+    sd.offload.load(sd.vae)
     devices = {name: next(network.parameters()).device.type for name, network in sd.checkpoint.networks.items()}
     assert devices == {"unet": "cpu", "vae": "cuda", "text": "cpu"}
 
@@ -112,8 +112,8 @@ def test_what_changes_weights_is_not_lost_with_the_copies(tmp_path):
 
 
 def test_each_networks_weights_are_counted_where_it_works():
-    settings = Settings(steps=1)
-    ours, plain = (memory.needs(next(txt2img(sd, "a", settings=settings))) for sd in (offloaded(), PLAIN))
+    sampling = next(txt2img(PLAIN, "a", steps=1))
+    ours, plain = (memory.needs(sampling, offload=offload) for offload in (True, False))
     weights = {name: memory.weights_of(network) for name, network in PLAIN.checkpoint.networks.items()}
     assert (ours.weights, plain.weights) == (0, sum(weights.values()))
     assert (ours.step, ours.decode) == (plain.step + weights["unet"], plain.decode + weights["vae"])
@@ -127,10 +127,8 @@ def test_a_model_is_loaded_beside_the_device():
 
 
 def test_what_cannot_go_together_is_refused(capsys, tmp_path):
-    sd = offloaded()
-    sd.cuda_graph = True
     with pytest.raises(ValueError, match="a CUDA graph holds the addresses of weights"):
-        next(txt2img(sd, "a", settings=Settings(steps=1)))
+        Model(offload=True, cuda_graph=True).check()
     with pytest.raises(ValueError, match="until they run on another device: give it, such as cuda"):
         minisd.load("tests/data/tiny.safetensors", offload=True)
     assert main(["txt2img", "a", "--checkpoint", "tests/data/tiny.safetensors", "--offload"]) == 1

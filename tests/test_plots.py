@@ -13,8 +13,8 @@ from PIL import Image
 from minisd.config import UNetConfig
 from minisd.diffusion.guidance import guided
 from minisd.diffusion.schedule import Schedule, cosine_betas, linear_betas, scaled_linear_betas, zero_terminal_snr
-from minisd.models.attention_maps import AttentionMaps, level_size, prompt_words
 from minisd.models.unet import Conditioning, UNet
+from minisd.plots.attention_maps import AttentionMaps, level_size, prompt_words
 from minisd.text.tokenizer import Tokenizer
 
 pytest.importorskip("matplotlib")

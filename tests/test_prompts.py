@@ -1,4 +1,4 @@
-"""Prompts become contexts in four conventions: as written, in chunks, weighted as A1111 or as ComfyUI does."""
+"""Prompts become contexts in four syntaxs: as written, in chunks, weighted as A1111 or as ComfyUI does."""
 
 import warnings
 from dataclasses import replace
@@ -12,7 +12,7 @@ from minisd.config import CLIPTextConfig
 from minisd.models.clip import CLIPText
 from minisd.nn.attention import Attention
 from minisd.text.prompts import (
-    CONVENTIONS,
+    SYNTAXES,
     chunk_prompt,
     encode_prompts,
     parse_weights,
@@ -104,20 +104,20 @@ COMFYUI = {
 
 
 @pytest.mark.parametrize(
-    ("convention", "prompt", "fragments"),
+    ("syntax", "prompt", "fragments"),
     [("a1111", *row) for row in A1111.items()] + [("comfyui", *row) for row in COMFYUI.items()],
 )
-def test_a_prompt_is_read_as_the_program_of_that_name_reads_it(convention, prompt, fragments):
-    read = parse_weights(prompt, convention)
+def test_a_prompt_is_read_as_the_program_of_that_name_reads_it(syntax, prompt, fragments):
+    read = parse_weights(prompt, syntax)
 
     assert [text for text, _ in read] == [text for text, _ in fragments]
     assert [weight for _, weight in read] == pytest.approx([weight for _, weight in fragments])
 
 
-@pytest.mark.parametrize("convention", ["plain", "chunked"])
+@pytest.mark.parametrize("syntax", ["plain", "chunked"])
 @pytest.mark.parametrize("prompt", [*A1111, *COMFYUI])
-def test_without_weights_brackets_are_text(convention, prompt):
-    assert parse_weights(prompt, convention) == ([(prompt, 1.0)] if prompt else [])
+def test_without_weights_brackets_are_text(syntax, prompt):
+    assert parse_weights(prompt, syntax) == ([(prompt, 1.0)] if prompt else [])
 
 
 # a prompt as a tree: a text, or (what is inside, the bracket round it, its weight or None)
@@ -133,46 +133,46 @@ trees = st.recursive(
 )
 
 
-def spell(tree, convention):
+def spell(tree, syntax):
     if isinstance(tree, str):
-        escaped = "()[]" if convention == "a1111" else "()"
+        escaped = "()[]" if syntax == "a1111" else "()"
         return "".join("\\" * (letter in escaped) + letter for letter in tree)
     inside, bracket, weight = tree
-    text = "".join(spell(part, convention) for part in inside)
-    if convention == "a1111" and bracket == "[":
+    text = "".join(spell(part, syntax) for part in inside)
+    if syntax == "a1111" and bracket == "[":
         return f"[{text}]"
     return f"({text})" if weight is None else f"({text}:{weight})"
 
 
-def letters(tree, convention, weight=1.0):
+def letters(tree, syntax, weight=1.0):
     """(letter, weight) of every letter that the prompt says."""
     if isinstance(tree, str):
         return [(letter, pytest.approx(weight)) for letter in tree]
     inside, bracket, own = tree
-    if convention == "a1111":
+    if syntax == "a1111":
         weight *= 1 / 1.1 if bracket == "[" else 1.1 if own is None else own
     else:
         weight = weight * 1.1 if own is None else own
-    return [pair for part in inside for pair in letters(part, convention, weight)]
+    return [pair for part in inside for pair in letters(part, syntax, weight)]
 
 
-@pytest.mark.parametrize("convention", WEIGHTED)
+@pytest.mark.parametrize("syntax", WEIGHTED)
 @given(st.lists(trees, max_size=4))
-def test_without_its_syntax_a_prompt_is_its_text_and_every_letter_has_the_weight_of_its_brackets(convention, prompt):
-    read = parse_weights("".join(spell(tree, convention) for tree in prompt), convention)
+def test_without_its_syntax_a_prompt_is_its_text_and_every_letter_has_the_weight_of_its_brackets(syntax, prompt):
+    read = parse_weights("".join(spell(tree, syntax) for tree in prompt), syntax)
 
     assert all(text for text, _ in read)
     assert [(letter, weight) for text, weight in read for letter in text] == [
-        pair for tree in prompt for pair in letters(tree, convention)
+        pair for tree in prompt for pair in letters(tree, syntax)
     ]
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("syntax", SYNTAXES)
 @given(st.text("ab()[]:\\.12 ", max_size=30))
-def test_any_prompt_is_read_and_only_syntax_is_lost(convention, prompt):
+def test_any_prompt_is_read_and_only_syntax_is_lost(syntax, prompt):
     left = iter(prompt)
 
-    assert all(letter in left for text, _ in parse_weights(prompt, convention) for letter in text)
+    assert all(letter in left for text, _ in parse_weights(prompt, syntax) for letter in text)
 
 
 # From a prompt to chunks
@@ -182,28 +182,28 @@ def spelled(tokenizer, chunks):
     return [tokenizer.decode(chunk.ids) for chunk in chunks]
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.parametrize("pad_id", [49407, 0])
-def test_a_short_prompt_is_one_framed_row_of_weight_1(convention, pad_id):
+def test_a_short_prompt_is_one_framed_row_of_weight_1(syntax, pad_id):
     tokenizer = Tokenizer(pad_id=pad_id)
 
     for prompt in ["", "a cat, sitting"]:
-        assert chunk_prompt(tokenizer, prompt, convention) == [(tokenizer(prompt)[0].tolist(), [1.0] * 77)]
+        assert chunk_prompt(tokenizer, prompt, syntax) == [(tokenizer(prompt)[0].tolist(), [1.0] * 77)]
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS[1:])
+@pytest.mark.parametrize("syntax", SYNTAXES[1:])
 @pytest.mark.parametrize(("tokens", "chunks"), [(0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3)])
-def test_a_prompt_has_a_chunk_for_every_75_tokens(tokenizer, convention, tokens, chunks):
-    rows = chunk_prompt(tokenizer, "cat " * tokens, convention)
+def test_a_prompt_has_a_chunk_for_every_75_tokens(tokenizer, syntax, tokens, chunks):
+    rows = chunk_prompt(tokenizer, "cat " * tokens, syntax)
 
     runs = [min(75, tokens - start) for start in range(0, max(tokens, 1), 75)]
     assert len(rows) == chunks
     assert [row.ids for row in rows] == [tokenizer.frame([2368] * run) for run in runs]
 
 
-@pytest.mark.parametrize("convention", WEIGHTED)
-def test_every_token_has_the_weight_of_its_fragment_and_the_frame_has_1(tokenizer, convention):
-    (row,) = chunk_prompt(tokenizer, "a (red panda:1.5) and a (cat:0.5)", convention)
+@pytest.mark.parametrize("syntax", WEIGHTED)
+def test_every_token_has_the_weight_of_its_fragment_and_the_frame_has_1(tokenizer, syntax):
+    (row,) = chunk_prompt(tokenizer, "a (red panda:1.5) and a (cat:0.5)", syntax)
 
     assert row.weights == [1.0, 1.0, 1.5, 1.5, 1.0, 1.0, 0.5, *[1.0] * 70]
     assert row.ids == tokenizer("a red panda and a cat")[0].tolist()
@@ -218,11 +218,11 @@ def test_plain_cuts_what_does_not_fit_and_quotes_the_dropped_words(tokenizer):
     assert row.ids == tokenizer.frame([2368] * 75)
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS[1:])
-def test_what_goes_into_chunks_is_all_of_the_prompt(tokenizer, convention):
+@pytest.mark.parametrize("syntax", SYNTAXES[1:])
+def test_what_goes_into_chunks_is_all_of_the_prompt(tokenizer, syntax):
     prompt = "a photograph of an extraordinarily overgrown botanical garden, " * 20
 
-    rows = chunk_prompt(tokenizer, prompt, convention)
+    rows = chunk_prompt(tokenizer, prompt, syntax)
 
     assert [i for row in rows for i in row.ids if i < 49406] == tokenizer.encode(prompt)
 
@@ -275,14 +275,14 @@ def test_comfyui_divides_only_fragments_of_8_tokens_or_more(tokenizer, tokens, f
     assert [row.weights.count(1.5) for row in rows] == [first - 70, 70 + tokens - first]
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS[1:])
+@pytest.mark.parametrize("syntax", SYNTAXES[1:])
 @pytest.mark.parametrize("vectors", [1, 5, 20, 75])
 @pytest.mark.parametrize("before", [0, 54, 60, 70, 74, 75])
-def test_all_vectors_of_a_placeholder_stay_in_one_chunk(convention, vectors, before):
+def test_all_vectors_of_a_placeholder_stay_in_one_chunk(syntax, vectors, before):
     tokenizer = Tokenizer()
     own = tokenizer.add_token("<my-cat>", vectors)
 
-    rows = chunk_prompt(tokenizer, "cat " * max(before - 1, 0) + "," * bool(before) + " <my-cat> dog", convention)
+    rows = chunk_prompt(tokenizer, "cat " * max(before - 1, 0) + "," * bool(before) + " <my-cat> dog", syntax)
 
     assert [[i for i in row.ids if i in own] for row in rows if set(row.ids) & set(own)] == [own]
     assert sum(i == 2368 for row in rows for i in row.ids) == max(before - 1, 0)
@@ -301,37 +301,37 @@ def test_a1111_goes_back_to_the_comma_only_from_a_full_chunk():
 def test_a_placeholder_that_no_chunk_can_hold_is_refused_in_words():
     tokenizer = Tokenizer(length=10, added_tokens={"<my-cat>": list(range(49408, 49418))})
 
-    for convention in WEIGHTED:
+    for syntax in WEIGHTED:
         with pytest.raises(ValueError, match="10 ids with BOS and EOS do not fit in 10"):
-            chunk_prompt(tokenizer, "a <my-cat>", convention)
+            chunk_prompt(tokenizer, "a <my-cat>", syntax)
 
 
 # From chunks to states
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
-def test_without_weights_the_context_is_the_text_encoders_output(tokenizer, text_encoder, convention):
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_without_weights_the_context_is_the_text_encoders_output(tokenizer, text_encoder, syntax):
     prompts = ["a cat, sitting", "", "a dog"]
 
-    context = encode_prompts(text_encoder, tokenizer, prompts, convention=convention)
+    context = encode_prompts(text_encoder, tokenizer, prompts, syntax=syntax)
 
     assert torch.equal(context, text_encoder(tokenizer(prompts)))
 
 
-@pytest.mark.parametrize("convention", WEIGHTED)
-def test_weights_of_1_change_no_bit(tokenizer, text_encoder, convention):
+@pytest.mark.parametrize("syntax", WEIGHTED)
+def test_weights_of_1_change_no_bit(tokenizer, text_encoder, syntax):
     plain = text_encoder(tokenizer(["a red panda", "a dog"]))
 
     assert torch.equal(
-        encode_prompts(text_encoder, tokenizer, ["a (red:1) panda", "(a dog:1.0)"], convention=convention), plain
+        encode_prompts(text_encoder, tokenizer, ["a (red:1) panda", "(a dog:1.0)"], syntax=syntax), plain
     )
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS[1:])
-def test_each_chunk_is_encoded_by_itself_and_the_states_are_joined(tokenizer, text_encoder, convention):
+@pytest.mark.parametrize("syntax", SYNTAXES[1:])
+def test_each_chunk_is_encoded_by_itself_and_the_states_are_joined(tokenizer, text_encoder, syntax):
     prompt = "cat " * 75 + "dog"
 
-    context = encode_prompts(text_encoder, tokenizer, prompt, convention=convention)
+    context = encode_prompts(text_encoder, tokenizer, prompt, syntax=syntax)
 
     rows = text_encoder(tokenizer(["cat " * 75, "dog"]))
     assert torch.equal(context, torch.cat([rows[:1], rows[1:]], dim=1))
@@ -342,7 +342,7 @@ def test_a1111_weights_scale_the_states_and_keep_the_mean_of_every_chunk(tokeniz
     rows = chunk_prompt(tokenizer, prompt, "a1111")
     plain = text_encoder(torch.tensor([row.ids for row in rows]))
 
-    context = encode_prompts(text_encoder, tokenizer, prompt, convention="a1111").reshape(2, 77, 32)
+    context = encode_prompts(text_encoder, tokenizer, prompt, syntax="a1111").reshape(2, 77, 32)
 
     # float32 sums of 2464 numbers of about 1
     torch.testing.assert_close(context.mean((1, 2)), plain.mean((1, 2)), rtol=1e-5, atol=0)
@@ -358,7 +358,7 @@ def test_comfyui_weights_move_the_states_on_the_line_from_the_empty_prompts(text
     plain, empty = text_encoder(tokenizer(["a red panda", ""])).unbind()
 
     for weight in [0.0, 0.5, 1.3, -1.0, 10.0]:
-        (context,) = encode_prompts(text_encoder, tokenizer, f"a (red:{weight}) panda", convention="comfyui")
+        (context,) = encode_prompts(text_encoder, tokenizer, f"a (red:{weight}) panda", syntax="comfyui")
 
         expected = plain.clone()
         expected[2] = empty[2] + weight * (plain[2] - empty[2])
@@ -367,20 +367,20 @@ def test_comfyui_weights_move_the_states_on_the_line_from_the_empty_prompts(text
 
 
 def test_comfyui_weight_0_is_the_empty_prompts_state_to_the_bit(tokenizer, text_encoder):
-    (context,) = encode_prompts(text_encoder, tokenizer, "a (red panda:0)", convention="comfyui")
+    (context,) = encode_prompts(text_encoder, tokenizer, "a (red panda:0)", syntax="comfyui")
 
     assert torch.equal(context[2:4], text_encoder(tokenizer(""))[0, 2:4])
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.filterwarnings("ignore:.*read as text:UserWarning", "ignore:the prompt has:UserWarning")
-def test_a_prompt_does_not_depend_on_its_neighbours(tokenizer, text_encoder, convention):
+def test_a_prompt_does_not_depend_on_its_neighbours(tokenizer, text_encoder, syntax):
     prompts = ["a (cat:1.4)", "", "a (dog), " * 40, "a house, " * 80, "(a [tree]:0.5)"]
 
-    together = encode_prompts(text_encoder, tokenizer, prompts, convention=convention)
+    together = encode_prompts(text_encoder, tokenizer, prompts, syntax=syntax)
 
     for prompt, row in zip(prompts, together, strict=True):
-        alone = encode_prompts(text_encoder, tokenizer, [prompt], convention=convention)
+        alone = encode_prompts(text_encoder, tokenizer, [prompt], syntax=syntax)
         copies = alone.repeat(1, len(row) // alone.shape[1], 1)
         torch.testing.assert_close(row[None], copies, rtol=0, atol=1e-5)  # other batch, other order of the sums
 
@@ -404,23 +404,23 @@ def test_repeating_a_context_leaves_cross_attention_unchanged():
     torch.testing.assert_close(attention(x, longer), attention(x, context), rtol=0, atol=1e-6)  # float32 sums
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.filterwarnings("ignore:.*read as text:UserWarning")
-def test_the_context_has_the_dtype_of_the_states(tokenizer, text_encoder, convention, dtype):
-    context = encode_prompts(lambda ids: text_encoder(ids).to(dtype), tokenizer, "a (cat:1.4)", convention=convention)
+def test_the_context_has_the_dtype_of_the_states(tokenizer, text_encoder, syntax, dtype):
+    context = encode_prompts(lambda ids: text_encoder(ids).to(dtype), tokenizer, "a (cat:1.4)", syntax=syntax)
 
     assert context.dtype == dtype
     assert context.isfinite().all()
 
 
-@pytest.mark.parametrize("convention", WEIGHTED)
-def test_gradients_reach_the_text_encoder_through_the_weights(tokenizer, convention):
+@pytest.mark.parametrize("syntax", WEIGHTED)
+def test_gradients_reach_the_text_encoder_through_the_weights(tokenizer, syntax):
     torch.manual_seed(0)
     clip = CLIPText(replace(TINY, layers=1))
     torch.nn.init.constant_(clip.final_norm.bias, 0.5)
 
-    encode_prompts(clip, tokenizer, "a (cat:1.4)", convention=convention).square().sum().backward()
+    encode_prompts(clip, tokenizer, "a (cat:1.4)", syntax=syntax).square().sum().backward()
 
     assert clip.token_embedding.weight.grad[2368].abs().sum() > 0
 
@@ -436,10 +436,10 @@ def test_the_ids_go_to_the_device_that_is_named(tokenizer):
 # Words for the user
 
 
-@pytest.mark.parametrize("convention", ["plain", "chunked"])
-def test_weights_in_a_convention_without_weights_are_announced(tokenizer, convention):
+@pytest.mark.parametrize("syntax", ["plain", "chunked"])
+def test_weights_in_a_syntax_without_weights_are_announced(tokenizer, syntax):
     with pytest.warns(UserWarning, match=r"'\(cat:1.3\)' is read as text.*'a1111' and 'comfyui' read weights"):
-        chunk_prompt(tokenizer, "a (cat:1.3) in a box", convention)
+        chunk_prompt(tokenizer, "a (cat:1.3) in a box", syntax)
 
 
 @pytest.mark.parametrize("prompt", ["a [cat:dog:0.5]", "a [cat:3]", "a [cat|dog]", "a cat AND a dog"])
@@ -448,17 +448,17 @@ def test_what_minisd_does_not_read_of_a1111s_syntax_is_announced(tokenizer, prom
         chunk_prompt(tokenizer, prompt, "a1111")
 
 
-def test_break_in_comfyuis_convention_is_announced(tokenizer):
+def test_break_in_comfyuis_syntax_is_announced(tokenizer):
     with pytest.warns(UserWarning, match="'BREAK' is read as text.*'a1111' starts a new chunk"):
         chunk_prompt(tokenizer, "a cat BREAK a dog", "comfyui")
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.parametrize("prompt", ["a cat (in a box)", "a cat: sitting", "16:9, [red]", r"\(x:1.3\)"])
-def test_ordinary_brackets_and_colons_are_read_without_a_word(tokenizer, convention, prompt):
+def test_ordinary_brackets_and_colons_are_read_without_a_word(tokenizer, syntax, prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        chunk_prompt(tokenizer, prompt, convention)
+        chunk_prompt(tokenizer, prompt, syntax)
 
 
 @pytest.mark.parametrize("mean", [0.0, -1.0])
@@ -481,10 +481,10 @@ def test_the_weights_of_one_chunk_leave_the_others_to_the_bit():
 
 
 def test_bad_input_is_refused_in_words(tokenizer, text_encoder):
-    with pytest.raises(ValueError, match="unknown prompt convention 'compel'; known: plain, chunked, a1111, comfyui"):
-        encode_prompts(text_encoder, tokenizer, ["a cat"], convention="compel")
+    with pytest.raises(ValueError, match="unknown prompt syntax 'compel'; known: plain, chunked, a1111, comfyui"):
+        encode_prompts(text_encoder, tokenizer, ["a cat"], syntax="compel")
     with pytest.raises(ValueError, match="no prompts were given"):
         encode_prompts(text_encoder, tokenizer, [])
-    for convention in CONVENTIONS:
+    for syntax in SYNTAXES:
         with pytest.raises(ValueError, match="a prompt must be a str, not int: 3"):
-            encode_prompts(text_encoder, tokenizer, [3], convention=convention)
+            encode_prompts(text_encoder, tokenizer, [3], syntax=syntax)

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,23 +12,17 @@ from lively import lively, mask, picture
 from PIL import Image
 
 from minisd import tasks
-from minisd.config import Settings
-from minisd.provenance.arguments import TASKS, Img2Img, Inpaint, Outpaint, Txt2Img
-from minisd.provenance.call import Call, Embedding, File, LoadedModel, Lora, from_json, to_json
-from minisd.provenance.files import (
-    find,
-    find_input,
-    fingerprint,
-    remember_checkpoint,
-    remember_input,
-    write_whole,
-)
+from minisd.files import fingerprint, write_whole
+from minisd.provenance.call import Call, EmbeddingFile, File, LoadedModel, LoraFile, from_json, to_json
+from minisd.provenance.files import find, find_input, remember_checkpoint, remember_input
 from minisd.provenance.png import parameters_text, read_png, save_png
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import TASKS, Img2Img, Inpaint, Outpaint, Txt2Img
 
 MODEL = LoadedModel(File("../models/sd-v1.5.safetensors", "sampled-sha256:0"))
-TXT2IMG = Call(Txt2Img(seed=7, num_images=2, height=64), ["a cat", "a dog"], Settings(), MODEL, threads=1, torch="2")
+TXT2IMG = Call(Txt2Img(seed=7, num_images=2, height=64), ["a cat", "a dog"], MODEL, threads=1, torch="2")
 INPAINT = Call(
-    Inpaint(strength=0.5), ["a cat"], Settings(guidance_interval=(1.0, 500.0)), MODEL,
+    Inpaint(strength=0.5, guidance_interval=(1.0, 500.0)), ["a cat"], MODEL,
     {"image": File("a.png", "sha256:1"), "mask": File("b.png", "sha256:2")}, threads=4, torch="2",
 )  # fmt: skip
 
@@ -37,45 +31,48 @@ INPAINT = Call(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_arguments_are_those_of_the_task_with_its_defaults(task):
-    parameters = inspect.signature(getattr(tasks, task)).parameters
-    ours = TASKS[task]() if task != "outpaint" else TASKS[task](left=0)
-    not_plain = {"sd", "prompt", "settings", "latents", *TASKS[task].inputs}
-    theirs = {name: parameter.default for name, parameter in parameters.items() if name not in not_plain}
-    assert asdict(ours) == theirs
+def test_every_option_of_a_task_is_in_its_signature_and_its_help_with_type_and_default(task):
+    method = getattr(StableDiffusion, task)
+    parameters = inspect.signature(method).parameters
+    for field in fields(TASKS[task]):
+        assert parameters[field.name].default == field.default
+        assert parameters[field.name].annotation == field.type
+        assert f"\n    {field.name}: " in method.__doc__
+    others = {*parameters} - {field.name for field in fields(TASKS[task])}
+    assert others - {"latents"} == {"sd", "prompt", "network", *TASKS[task].images()}
+    assert parameters == inspect.signature(getattr(tasks, task)).parameters
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("task", "options", "named"),
     [
-        (Txt2Img(num_images=0), "num_images is 0"),
-        (Txt2Img(seed=-1), "seed is -1"),
-        (Txt2Img(two_pass=1.5), "two_pass is 1.5"),
-        (Img2Img(strength=0.0), "strength is 0.0"),
-        (Inpaint(strength=float("nan")), "strength is nan"),
-        (Outpaint(), "at least one side"),
-        (Outpaint(left=-8, right=16), "at least one side"),
+        (Txt2Img, {"num_images": 0}, "num_images is 0"),
+        (Txt2Img, {"seed": -1}, "seed is -1"),
+        (Txt2Img, {"hires_fix": 1.5}, "hires_fix is 1.5"),
+        (Img2Img, {"strength": 0.0}, "strength is 0.0"),
+        (Inpaint, {"strength": float("nan")}, "strength is nan"),
+        (Outpaint, {}, "at least one side"),
+        (Outpaint, {"left": -8, "right": 16}, "at least one side"),
     ],
 )
-def test_what_no_model_could_do_is_refused(arguments, named):
+def test_what_no_model_could_do_is_refused(task, options, named):
     with pytest.raises(ValueError, match=named):
-        arguments.check()
+        task(**options)
 
 
 def test_the_call_of_one_batch_draws_the_same_picture_bit_for_bit():
     sd, source = lively(), picture()
     calls = {
         "txt2img": (Txt2Img(seed=3, num_images=2), {}),
-        "variations": (Txt2Img(seed=3, num_images=2, variation_seed=9, variation=0.4), {}),
-        "two passes": (Txt2Img(seed=3, num_images=2, height=48, width=40, two_pass=0.6), {}),
+        "variations": (Txt2Img(seed=3, num_images=2, variation_seed=9, variation_strength=0.4), {}),
+        "two passes": (Txt2Img(seed=3, num_images=2, height=48, width=40, hires_fix=0.6), {}),
         "img2img": (Img2Img(seed=3, num_images=2), {"image": source}),
         "inpaint": (Inpaint(seed=3, num_images=2), {"image": source, "mask": mask((4, 4, 20, 28))}),
         "outpaint": (Outpaint(seed=3, num_images=2, left=8), {"image": source}),
     }
     prompts = ["a cat", "a dog, " * 40]
-    for name, (arguments, inputs) in calls.items():
-        settings = Settings(steps=2, batch_size=3, convention="chunked")
-        call = Call(arguments, prompts, settings, MODEL)
+    for name, (options, inputs) in calls.items():
+        call = Call(replace(options, steps=2, batch_size=3, prompt_syntax="chunked"), prompts, MODEL)
         images = draw(sd, call, inputs)
         assert len(images) == len(call) == 4
         for index in (2, 3):  # of the whole batch of three, and of the rest of one
@@ -85,8 +82,7 @@ def test_the_call_of_one_batch_draws_the_same_picture_bit_for_bit():
 
 
 def draw(sd, call, inputs):
-    task = getattr(tasks, call.arguments.task)
-    samplings = task(sd, call.prompts, **inputs, **vars(call.arguments), settings=call.settings)
+    samplings = call.options.samplings(sd, call.prompts, **inputs)
     return [image for sampling in samplings for image in sampling.images() if not sampling.is_draft]
 
 
@@ -120,17 +116,17 @@ def test_records_are_plain_ascii_whatever_the_prompt():
         {"index": True},
         {"index": "0"},
         {"index": 1e99},
-        {"arguments": None},
-        {"arguments": {"seed": "0"}},
-        {"arguments": {"seed": -1}},
-        {"arguments": {"sd": 1}},
-        {"arguments": {"num_images": 10**6, "latents": []}},
-        {"settings": []},
-        {"settings": {"sampler": ["ddim"]}},
-        {"settings": {"steps": "30"}},
-        {"settings": {"spacing": "odd"}},
-        {"settings": {"batch_size": 0}},
-        {"settings": {"guidance_interval": 3}},
+        {"options": None},
+        {"options": []},
+        {"options": {"seed": "0"}},
+        {"options": {"seed": -1}},
+        {"options": {"sd": 1}},
+        {"options": {"num_images": 10**6, "latents": []}},
+        {"options": {"sampler": ["ddim"]}},
+        {"options": {"steps": "30"}},
+        {"options": {"spacing": "odd"}},
+        {"options": {"batch_size": 0}},
+        {"options": {"guidance_interval": 3}},
         {"model": {}},
         {"model": {"checkpoint": "x"}},
         {"model": {"checkpoint": {"name": 1, "digest": ""}}},
@@ -176,9 +172,9 @@ def as_a1111_reads_it(text):
 
 
 def test_parameters_are_read_by_other_programs():
-    arguments = Img2Img(seed=7, num_images=2, negative_prompt="ugly, blurred\nand: dark", strength=0.6)
-    settings = Settings(steps=20, sampler="euler_ancestral", spacing="karras", clip_skip=1)
-    call = replace(TXT2IMG, arguments=arguments, prompts=["a cat\non a mat", "b"], settings=settings)
+    own = {"seed": 7, "num_images": 2, "negative_prompt": "ugly, blurred\nand: dark", "strength": 0.6}
+    options = Img2Img(**own, steps=20, sampler="euler_ancestral", spacing="karras", clip_skip=1)
+    call = replace(TXT2IMG, options=options, prompts=["a cat\non a mat", "b"])
     prompt, negative, values = as_a1111_reads_it(parameters_text(call, 1, (64, 48)))
     assert (prompt, negative) == ("a cat\non a mat", "ugly, blurred\nand: dark")
     assert values == {
@@ -201,8 +197,8 @@ def test_names_with_commas_are_quoted_for_other_programs():
 
 
 def test_adapters_stand_where_others_look_for_them():
-    style = (Lora(File("style.safetensors", "sha256:1"), 0.8), Lora(File("sub/b.pt", "sha256:2")))
-    toy = (Embedding(File("toy.pt", "sha256:0123456789abcdef"), "<toy>"),)
+    style = (LoraFile(File("style.safetensors", "sha256:1"), 0.8), LoraFile(File("sub/b.pt", "sha256:2")))
+    toy = (EmbeddingFile(File("toy.pt", "sha256:0123456789abcdef"), "<toy>"),)
     call = replace(TXT2IMG, model=replace(MODEL, loras=style, embeddings=toy))
     prompt, _, values = as_a1111_reads_it(parameters_text(call, 0, (8, 8)))
     assert prompt == "a cat <lora:style:0.8> <lora:b:1>"
@@ -211,7 +207,7 @@ def test_adapters_stand_where_others_look_for_them():
 
 
 def test_a_variation_names_both_its_seeds():
-    call = replace(TXT2IMG, arguments=Txt2Img(seed=7, num_images=3, variation_seed=100, variation=0.2))
+    call = replace(TXT2IMG, options=Txt2Img(seed=7, num_images=3, variation_seed=100, variation_strength=0.2))
     values = as_a1111_reads_it(parameters_text(call, 2, (8, 8)))[2]
     assert (values["Seed"], values["Variation seed"], values["Variation seed strength"]) == ("7", "102", "0.2")
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from minisd.diffusion.prediction import Prediction, as_prediction, from_v
+from minisd.diffusion.prediction import Prediction, as_model, as_prediction
 from minisd.diffusion.samplers import SAMPLERS, ddim, ddim_invert, ddpm, euler, get_sampler, heun, lms
 from minisd.diffusion.schedule import Schedule, expand, scaled_linear_betas, zero_terminal_snr
 
@@ -187,7 +187,7 @@ def test_ddpm_takes_mean_and_variance_from_the_prediction():
 def test_zero_terminal_snr_is_sampled_from_a_v_model(case):
     schedule = Schedule(zero_terminal_snr(scaled_linear_betas()), final_alpha_cumprod=1.0)
     image = torch.full_like(X_T, 0.3)
-    model = from_v(lambda x, t: schedule.v_from_x_0(x, t, image), schedule)
+    model = as_model(lambda x, t: schedule.v_from_x_0(x, t, image), schedule, "v")
     *_, last = sampler_of(case)(model, X_T, schedule, schedule.timesteps(10, "trailing"), noise=seeded())
     torch.testing.assert_close(last.x, image, rtol=0, atol=1e-5)
 
@@ -195,7 +195,7 @@ def test_zero_terminal_snr_is_sampled_from_a_v_model(case):
 @pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "lms"])
 def test_samplers_that_step_in_sigma_refuse_an_infinite_one(name):
     schedule = Schedule(zero_terminal_snr(scaled_linear_betas()))
-    model = from_v(lambda x, t: x, schedule)
+    model = as_model(lambda x, t: x, schedule, "v")
     with pytest.raises(ValueError, match=r"zero terminal SNR.*use ddim"):
         next(SAMPLERS[name](model, X_T, schedule, [999, 500]))
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minisd.diffusion.gaussian import Chain, from_network
-from minisd.diffusion.prediction import as_prediction, clipped, from_v, from_x_0
+from minisd.diffusion.prediction import as_model, as_prediction, clipped
 from minisd.diffusion.samplers import SAMPLERS, ddim, ddim_invert, ddpm, euler, plms
 from minisd.diffusion.samplers.ddim import ddim_step
 from minisd.diffusion.schedule import (
@@ -147,7 +147,7 @@ def test_ddim_is_stability_ddim_on_a_v_model(tag):
     z = load("ddim_v")
     _, kind, n, eta = tag.split("_")
     eps = analytic(kind, SD.alpha_cumprod)
-    model = from_v(lambda x, t: SD.v_from_eps(x, t, eps(x, t)), SD)
+    model = as_model(lambda x, t: SD.v_from_eps(x, t, eps(x, t)), SD, "v")
     timesteps = SD.timesteps(int(n[1:]))
     steps = ddim(model, z["x_T"], SD, timesteps, eta=float(eta[3:]), noise=replayed(z["noise"]))
     assert_same(states(z["x_T"], steps)[z[f"idx_{tag}"]], z[f"out_{tag}_x"])
@@ -279,9 +279,9 @@ def diffusers_model(run, schedule, round_t=False):
         def x_0(x, t):
             return (x - (1 - abar(t)) ** 0.5 * eps(x, t)) / abar(t) ** 0.5 if abar(t) else 0 * x
 
-        model = from_v(lambda x, t: abar(t) ** 0.5 * eps(x, t) - (1 - abar(t)) ** 0.5 * x_0(x, t), schedule)
+        model = as_model(lambda x, t: abar(t) ** 0.5 * eps(x, t) - (1 - abar(t)) ** 0.5 * x_0(x, t), schedule, "v")
     elif kind == "sample":
-        model = from_x_0(lambda x, t: schedule.x_0_from_eps(x, t, eps(x, t)), schedule)
+        model = as_model(lambda x, t: schedule.x_0_from_eps(x, t, eps(x, t)), schedule, "x_0")
     else:
         model = eps
     if not run["config"].get("clip_sample", False):

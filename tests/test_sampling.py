@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from lively import Watched, lively, only, pixels
 
-from minisd.config import ScheduleConfig, Settings
+from minisd.config import ScheduleConfig
 from minisd.diffusion.samplers import ddim, euler
 from minisd.tasks import txt2img
 from minisd.tasks.images import to_pil
@@ -14,7 +14,7 @@ SD = lively()
 
 
 def test_a_sampling_is_watched_and_stopped_from_the_callers_loop():
-    sampling = only(txt2img(SD, "a dog", settings=Settings(steps=7)))
+    sampling = only(txt2img(SD, "a dog", steps=7))
     seen = []
     for step in sampling:
         seen.append(step.t)
@@ -30,24 +30,20 @@ def test_a_sampling_is_watched_and_stopped_from_the_callers_loop():
 
 
 def test_what_is_decoded_is_what_the_pictures_are_finished_from():
-    sampling = only(txt2img(SD, "a dog", settings=Settings(steps=3)))
+    sampling = only(txt2img(SD, "a dog", steps=3))
     decoded = sampling.pixels()  # it takes the steps
     assert torch.equal(sampling.pixels(), decoded)
     assert to_pil(sampling.finish(decoded)) == sampling.images() == SD.txt2img("a dog", steps=3)
 
 
 def test_the_preview_of_the_last_step_of_euler_is_the_picture():
-    sampling = only(txt2img(SD, "a dog", settings=Settings(steps=3, sampler="euler")))
+    sampling = only(txt2img(SD, "a dog", steps=3, sampler="euler"))
     *_, last = sampling
     assert abs(pixels(sampling.preview(last)[0]) - pixels(sampling.images()[0])).max() <= 1
 
 
 def test_a_batch_knows_its_prompts_and_seeds():
-    samplings = list(
-        txt2img(
-            SD, ["a", "b"], negative_prompt=["c", "d"], num_images=2, seed=9, settings=Settings(steps=1, batch_size=3)
-        )
-    )
+    samplings = list(txt2img(SD, ["a", "b"], negative_prompt=["c", "d"], num_images=2, seed=9, steps=1, batch_size=3))
     assert [list(zip(s.seeds, s.prompts, s.negative_prompts, strict=True)) for s in samplings] == [
         [(9, "a", "c"), (10, "a", "c"), (11, "b", "d")],
         [(12, "b", "d")],
@@ -59,7 +55,7 @@ def test_a_sampler_of_ones_own_needs_no_registration():
         yield from ddim(model, x, schedule, timesteps, eta=1.0, noise=noise)
 
     assert SD.txt2img("a dog", steps=4, sampler=my_sampler) == SD.txt2img("a dog", steps=4, eta=1.0)
-    assert only(txt2img(SD, "a dog", settings=Settings(steps=4, sampler=my_sampler))).images() == SD.txt2img(
+    assert only(txt2img(SD, "a dog", steps=4, sampler=my_sampler)).images() == SD.txt2img(
         "a dog", steps=4, sampler="ddim", eta=1.0
     )
 
@@ -72,7 +68,7 @@ def test_a_samplers_own_keywords_are_bound_with_partial():
 
 
 def test_a_karras_ladder_visits_real_times():
-    sampling = only(txt2img(SD, "a dog", settings=Settings(steps=5, sampler="dpmpp_2m", spacing="karras")))
+    sampling = only(txt2img(SD, "a dog", steps=5, sampler="dpmpp_2m", spacing="karras"))
     times = [step.t for step in sampling]
     sigmas = SD.schedule.sigma(torch.tensor(times))
     low, high = SD.schedule.sigmas[0] ** (1 / 7), SD.schedule.sigmas[-1] ** (1 / 7)

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from minisd.diffusion.prediction import as_prediction, clipped, from_v, from_x_0
+from minisd.diffusion.prediction import Prediction, as_model, as_prediction, clipped
 from minisd.diffusion.schedule import (
-    Prediction,
     Schedule,
     cosine_betas,
     linear_betas,
@@ -186,7 +185,7 @@ def test_v_prediction_walks_the_path_of_the_official_v_sampler():
         eps = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
         return SD.v_target(x_0, t, eps).float()
 
-    steps, model, x = SD.timesteps(10), from_v(network, SD), path[0]
+    steps, model, x = SD.timesteps(10), as_model(network, SD, "v"), path[0]
     for i, t in enumerate(steps):
         abar_prev = SD.alphas_cumprod[steps[i + 1]] if i < 9 else SD.final_alpha_cumprod
         seen = model(x, t)
@@ -208,7 +207,7 @@ def test_a_bare_tensor_is_eps():
 def test_networks_that_predict_x_0_or_v_give_the_same_model():
     x_0, eps = images()
     x_t = SD.q_sample(x_0, 300, eps)
-    for model in (from_x_0(lambda x, t: x_0, SD), from_v(lambda x, t: SD.v_target(x_0, t, eps), SD)):
+    for model in (as_model(lambda x, t: x_0, SD, "x_0"), as_model(lambda x, t: SD.v_target(x_0, t, eps), SD, "v")):
         assert_close(model(x_t, 300).x_0, x_0, rtol=0, atol=1e-5)
         assert_close(model(x_t, 300).eps, eps, rtol=0, atol=1e-5)
 

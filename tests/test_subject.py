@@ -23,7 +23,6 @@ from minisd.adapters.lora import load_lora
 from minisd.checkpoints.save import save_checkpoint
 from minisd.cli import main
 from minisd.cli.personalise import check_free
-from minisd.config import Settings
 from minisd.eval.comparison import (
     CEILING,
     FLOOR,
@@ -40,7 +39,8 @@ from minisd.eval.comparison_page import contact_sheet, table
 from minisd.eval.features import CLIPFeatures
 from minisd.eval.subject import SubjectJudge
 from minisd.models.unet import Conditioning
-from minisd.pipeline import StableDiffusion
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 from minisd.training.draws import Draws
 from minisd.training.options import Run
 from minisd.training.parallel import ALONE
@@ -367,7 +367,7 @@ def test_every_method_learns_in_bfloat16_what_it_learns_in_float32(tmp_path, met
 
 def test_a_model_that_wants_more_than_a_prompt_is_refused(tmp_path):
     unet = replace(MODEL.unet, in_channels=9)
-    sd = StableDiffusion(checkpoint(replace(MODEL, unet=unet, vision=None)))
+    sd = StableDiffusion.of(checkpoint(replace(MODEL, unet=unet, vision=None)))
     with pytest.raises(ValueError, match="is an inpainting model"):
         train("lora", tmp_path, sd)
 
@@ -461,9 +461,9 @@ def test_the_table_has_means_and_the_paired_distances_from_the_floor():
 
 
 def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch):
-    sd = StableDiffusion(checkpoint(MODEL))
+    sd = StableDiffusion.of(checkpoint(MODEL))
     judge_by = partial(SubjectJudge, CLIPFeatures.of(sd))
-    settings = Settings(steps=1, batch_size=2)
+    settings = Txt2Img(steps=1, batch_size=2)
     plan = Comparison(("{}",), 2, 2, 2, settings, class_prior=2, train_steps=1)
     arguments = (sd, DUCK, "bird", tmp_path / "duck", plan, judge_by, Run(quiet=True, sample_every=0))
     monkeypatch.setattr("minisd.eval.comparison.train_dreambooth", lambda *_, **__: 1 / 0)
@@ -490,9 +490,9 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, mo
 def test_a_comparison_learns_and_judges_what_masks_show_and_begins_again_where_anything_is_changed(
     tmp_path, monkeypatch
 ):
-    sd, asked = StableDiffusion(checkpoint(MODEL)), []
+    sd, asked = StableDiffusion.of(checkpoint(MODEL)), []
     shutil.copytree(DUCK, tmp_path / "duck")
-    plan = Comparison(("{}",), 2, 2, 2, Settings(steps=1, batch_size=2), class_prior=2, train_steps=1)
+    plan = Comparison(("{}",), 2, 2, 2, Txt2Img(steps=1, batch_size=2), class_prior=2, train_steps=1)
     clip = CLIPFeatures.of(sd)
 
     def judge_by(pictures):
@@ -539,9 +539,9 @@ def test_the_table_pairs_only_subjects_that_have_both_rows():
 
 
 def test_the_command_writes_the_table_what_its_words_mean_and_a_sheet(tmp_path, monkeypatch, capsys):
-    quick = partial(Comparison, ("{}",), 2, 2, 2, Settings(steps=1, batch_size=2), class_prior=2)
+    quick = partial(Comparison, ("{}",), 2, 2, 2, Txt2Img(steps=1, batch_size=2), class_prior=2)
     monkeypatch.setattr("minisd.eval.comparison.Comparison", quick)
-    save_checkpoint(StableDiffusion(checkpoint(MODEL)).checkpoint, tmp_path / "tiny.safetensors")
+    save_checkpoint(StableDiffusion.of(checkpoint(MODEL)).checkpoint, tmp_path / "tiny.safetensors")
     line = ["eval", "subjects", "duck", "--data", str(DUCK.parent), "--out", str(tmp_path / "out")]
     assert main([*line, "--train-steps", "1", "--checkpoint", str(tmp_path / "tiny.safetensors")]) == 0
     page = (tmp_path / "out" / "subjects.md").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from subject_tiny import CONFIGS, LOOP, model, train
 
-from minisd.adapters.lora_names import their_names
-from minisd.checkpoints.keymaps import give, keymap
+from minisd.checkpoints.keymaps import keymap, to_official
+from minisd.checkpoints.lora_files import names_to_official
 from minisd.checkpoints.save import save_checkpoint
 from minisd.training.progress import read_log
 from minisd.training.state import learnt_weights
@@ -100,7 +100,7 @@ def test_dreambooth_with_prior_moves_every_weight_as_diffusers_does(seen, tmp_pa
     for name, place, dialect in (("unet", "unet", "diffusers"), ("text", "text_encoder", "hf")):
         own = {full.removeprefix(f"{name}."): change for full, change in moved.items() if full.startswith(name)}
         names = {n: source for n, source in keymap(seen["networks"][name], dialect).items() if n in own}
-        ours |= {f"{place}.{key}".replace(".text_model.", "."): d for key, d in give(own, names).items()}
+        ours |= {f"{place}.{key}".replace(".text_model.", "."): d for key, d in to_official(own, names).items()}
     assert not moved.get("text.projection.weight", torch.zeros(1)).any()  # takes no part; CLIPTextModel has none
     ours.pop("text_encoder.text_projection.weight", None)
     assert_same_changes(ours, done)
@@ -128,7 +128,7 @@ def test_lora_moves_its_matrices_as_peft_does(seen, tmp_path):
     sd = model("eps", torch.float64)
     config = replace(with_loop("lora"), text=())
     train("lora", tmp_path / "ours", sd, config=config)
-    names = their_names({"unet": sd.unet, "text": sd.text_encoder})
+    names = names_to_official({"unet": sd.unet, "text": sd.text_encoder})
 
     def peft_name(ours: str) -> str:
         layer, _, leaf = ours.removesuffix(".weight").rpartition(".")

@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from minisd.checkpoints.diffusers_write import tokenizer_files
 from minisd.text.tokenizer import BOS, EOS, FIRST_ADDED, SPECIALS, Tokenizer, clean
 
 # 300 prompts with the ids of openai/CLIP (and of open_clip where they differ), without BOS and EOS
@@ -294,7 +295,7 @@ def test_encoding_does_not_import_torch():
 
 
 def write_files(tokenizer: Tokenizer, folder: Path) -> None:
-    for name, content in tokenizer.files().items():
+    for name, content in tokenizer_files(tokenizer).items():
         (folder / name).write_text(content, encoding="utf-8")
 
 

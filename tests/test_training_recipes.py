@@ -19,7 +19,8 @@ from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ScheduleConfig, VAEConfig, from_dict
 from minisd.models.vae import VAE, DiagonalGaussian
 from minisd.nn.blocks import ResBlock
-from minisd.pipeline import StableDiffusion, build_schedule
+from minisd.pipeline import build_schedule
+from minisd.stable_diffusion import StableDiffusion
 from minisd.text.tokenizer import Tokenizer
 from minisd.training.data import Augmentation, Pictures
 from minisd.training.draws import Draws

@@ -9,7 +9,6 @@ import torch
 from lively import Watched, lively, only, picture, pixels
 from PIL import Image
 
-from minisd.config import Settings
 from minisd.diffusion.samplers import ddim
 from minisd.models.unet import Conditioning
 from minisd.tasks import txt2img
@@ -17,7 +16,7 @@ from minisd.tasks.images import to_tensor, to_uint8
 
 KINDS = {"eps": lively("SD1"), "v": lively("SD2_V"), "x_0": lively("SD1", prediction="x_0")}
 SD = KINDS["eps"]
-QUICK = Settings(steps=2, guidance_scale=2)
+QUICK = {"steps": 2, "guidance_scale": 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +45,8 @@ def test_txt2img_is_the_four_hops_written_out(kind):
             seed=3,
             height=32,
             width=40,
-            settings=Settings(steps=6, guidance_scale=4),
+            steps=6,
+            guidance_scale=4,
         )
     )
     (image,) = sampling.images()
@@ -82,7 +82,7 @@ def test_encode_prompt_gives_the_conditioning_that_the_unet_takes():
 def test_any_multiple_of_the_vae_factor_is_a_size(height, width):
     deep = replace(SD.config.unet, channel_mult=(1, 1, 1), attention_levels=(0, 2))  # odd sides on the way down
     sd = lively("SD1", unet=deep)
-    assert sd.txt2img("a dog", height=height, width=width, settings=QUICK)[0].size == (width, height)
+    assert sd.txt2img("a dog", height=height, width=width, **QUICK)[0].size == (width, height)
 
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(1.0, 1), (7.5, 2), (0.0, 2)])
@@ -112,10 +112,8 @@ def test_full_rescale_gives_the_guided_output_the_deviation_of_the_conditional(k
     cond, uncond = sd.encode_prompt("a dog"), sd.encode_prompt("")
     x, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500
     for scale, rescale in ((1.0, 0.0), (9.0, 1.0), (9.0, 0.0)):
-        settings = Settings(guidance_scale=scale, guidance_rescale=rescale)
         with torch.no_grad():
-            seen = sd.guided_model(cond, uncond, settings)(x, t)
-        eps = seen if kind == "eps" else seen.eps
+            eps = sd.denoiser(cond, uncond, guidance_scale=scale, guidance_rescale=rescale)(x, t).eps
         x_0 = sd.schedule.x_0_from_eps(x, t, eps)
         raw = {"eps": eps, "v": sd.schedule.v_from_eps(x, t, eps), "x_0": x_0}[kind]
         deviations.append(raw.std().item())
@@ -124,23 +122,23 @@ def test_full_rescale_gives_the_guided_output_the_deviation_of_the_conditional(k
     assert guided > 1.2 * conditional
 
 
-@pytest.mark.parametrize("convention", ["plain", "chunked", "a1111", "comfyui"])
-def test_every_prompt_convention_reaches_the_unet(convention):
+@pytest.mark.parametrize("prompt_syntax", ["plain", "chunked", "a1111", "comfyui"])
+def test_every_prompt_convention_reaches_the_unet(prompt_syntax):
     prompt = "a (red) [apple] " + "on a very long table " * 20
     with Watched(SD) as watched:
-        plain = convention == "plain"
+        plain = prompt_syntax == "plain"
         prompt = prompt[:15] if plain else prompt
-        SD.txt2img(prompt, steps=1, convention=convention, height=8, width=8)
+        SD.txt2img(prompt, steps=1, prompt_syntax=prompt_syntax, height=8, width=8)
     ((_, _, cond),) = watched.calls
     assert cond.context.shape[1] == (77 if plain else 154)
 
 
 def test_weights_of_a_prompt_change_the_picture_in_conventions_that_read_them():
-    def draw(prompt, convention):
-        return SD.txt2img(prompt, steps=2, convention=convention, height=8, width=8)
+    def draw(prompt, prompt_syntax):
+        return SD.txt2img(prompt, steps=2, prompt_syntax=prompt_syntax, height=8, width=8)
 
-    for convention in ("a1111", "comfyui"):
-        assert draw("a (red:1.4) apple", convention) != draw("a red apple", convention)
+    for prompt_syntax in ("a1111", "comfyui"):
+        assert draw("a (red:1.4) apple", prompt_syntax) != draw("a red apple", prompt_syntax)
     assert draw("a red apple", "chunked") == draw("a red apple", "plain")
 
 
@@ -151,7 +149,7 @@ def test_a_prompt_too_long_for_the_plain_convention_says_what_was_dropped():
 
 def test_clip_skip_leaves_blocks_of_the_text_encoder_out():
     for sd, own in ((SD, 0), (KINDS["v"], 1)):
-        contexts = [sd.encode_prompt("a dog", Settings(clip_skip=skip)).context for skip in (None, 0, 1)]
+        contexts = [sd.encode_prompt("a dog", clip_skip=skip).context for skip in (None, 0, 1)]
         assert torch.equal(contexts[0], contexts[1 + own])
         assert not torch.equal(contexts[1], contexts[2])
     with pytest.raises(ValueError, match="skip=3 blocks of 3: allowed are 0 to 2"):
@@ -176,28 +174,28 @@ def test_variations_lead_from_the_picture_of_one_seed_to_those_of_others(sampler
     start = SD.txt2img("a dog", seed=4, **same)
     ends = SD.txt2img("a dog", seed=70, num_images=2, **same)
     vary = partial(SD.txt2img, "a dog", seed=4, variation_seed=70, num_images=2, **same)
-    assert vary(variation=0.0) == start * 2
-    assert vary(variation=1.0) == ends
-    between = vary(variation=0.2)
+    assert vary(variation_strength=0.0) == start * 2
+    assert vary(variation_strength=1.0) == ends
+    between = vary(variation_strength=0.2)
     assert between[0] != between[1]
     assert not {*map(id, between)} & {*map(id, start + ends)}
 
 
-@pytest.mark.parametrize("variation", [0.1, 0.5, 0.9])
-def test_the_noise_of_a_variation_is_standard_normal_and_in_between(variation):
-    wide = {"height": 128, "width": 128, "settings": Settings(steps=1)}
+@pytest.mark.parametrize("variation_strength", [0.1, 0.5, 0.9])
+def test_the_noise_of_a_variation_is_standard_normal_and_in_between(variation_strength):
+    wide = {"height": 128, "width": 128, "steps": 1}
     start = only(txt2img(SD, "", seed=0, **wide)).latents
     end = only(txt2img(SD, "", seed=1, **wide)).latents
-    between = only(txt2img(SD, "", seed=0, variation_seed=1, variation=variation, **wide)).latents
+    between = only(txt2img(SD, "", seed=0, variation_seed=1, variation_strength=variation_strength, **wide)).latents
     assert between.std().item() == pytest.approx(1, abs=0.02)  # 16384 draws: ± 0.6 %
-    angle = math.pi / 2 * variation  # independent noises are at right angles
+    angle = math.pi / 2 * variation_strength  # independent noises are at right angles
     cosines = [torch.cosine_similarity(between.flatten(), x.flatten(), dim=0).item() for x in (start, end)]
     assert cosines == pytest.approx([math.cos(angle), math.sin(angle)], abs=0.03)
 
 
 def test_two_passes_draw_at_the_models_own_size_and_then_redraw_enlarged():
     samplings, sizes = [], []
-    for sampling in txt2img(SD, "a dog", height=64, width=96, two_pass=0.5, settings=Settings(steps=6)):
+    for sampling in txt2img(SD, "a dog", height=64, width=96, hires_fix=0.5, steps=6):
         samplings.append(sampling)
         sizes.append(tuple(sampling.latents.shape[-2:]))
         sampling.images()
@@ -205,12 +203,12 @@ def test_two_passes_draw_at_the_models_own_size_and_then_redraw_enlarged():
     assert sizes == [(14, 20), (32, 48)]  # 28×40 pixels: about 32² of them, in about the proportions of 64×96
     assert (len(first), len(second)) == (6, 3)
     assert (first.is_draft, second.is_draft) == (True, False)
-    assert SD.txt2img("a dog", height=64, width=96, two_pass=0.5, steps=6) == second.images()
+    assert SD.txt2img("a dog", height=64, width=96, hires_fix=0.5, steps=6) == second.images()
 
 
 def test_the_second_pass_starts_from_the_first_enlarged_and_noised():
-    options = {"height": 64, "width": 64, "settings": Settings(steps=10, guidance_scale=2)}
-    first, second = txt2img(SD, "a dog", seed=8, two_pass=0.5, **options)
+    options = {"height": 64, "width": 64, "steps": 10, "guidance_scale": 2}
+    first, second = txt2img(SD, "a dog", seed=8, hires_fix=0.5, **options)
     g = torch.Generator().manual_seed(8)
     torch.randn(1, 4, 16, 16, generator=g)  # the first pass's x_T
     with torch.no_grad():
@@ -222,20 +220,20 @@ def test_the_second_pass_starts_from_the_first_enlarged_and_noised():
 
 
 def test_two_passes_are_one_at_the_models_own_size():
-    assert SD.txt2img("a dog", steps=3, two_pass=0.5) == SD.txt2img("a dog", steps=3)
+    assert SD.txt2img("a dog", steps=3, hires_fix=0.5) == SD.txt2img("a dog", steps=3)
 
 
-@pytest.mark.parametrize("tile", [8, 10, 64])
-def test_a_vae_in_stripes_draws_the_same_picture(tile):
-    whole = SD.txt2img("a dog", height=66, width=34, steps=3, tile=0)
-    striped = SD.txt2img("a dog", height=66, width=34, steps=3, tile=tile)
+@pytest.mark.parametrize("vae_tiling", [8, 10, 64])
+def test_a_vae_in_stripes_draws_the_same_picture(vae_tiling):
+    whole = SD.txt2img("a dog", height=66, width=34, steps=3, vae_tiling=0)
+    striped = SD.txt2img("a dog", height=66, width=34, steps=3, vae_tiling=vae_tiling)
     assert abs(pixels(whole[0]) - pixels(striped[0])).max() <= 1
-    whole, striped = (SD.img2img("a dog", picture(34, 66), steps=3, tile=t) for t in (0, tile))
+    whole, striped = (SD.img2img("a dog", picture(34, 66), steps=3, vae_tiling=t) for t in (0, vae_tiling))
     assert abs(pixels(whole[0]) - pixels(striped[0])).max() <= 1
 
 
 def test_large_pictures_take_stripes_by_themselves(monkeypatch):
-    from minisd.tasks import latents
+    from minisd.models import latents
 
     asked = []
     monkeypatch.setattr(latents, "tiled_decode", lambda vae, z, rows: asked.append(rows) or vae.decode(z))
@@ -243,5 +241,5 @@ def test_large_pictures_take_stripes_by_themselves(monkeypatch):
     SD.txt2img("a dog", height=32, width=32, steps=1)
     assert asked == []
     SD.txt2img("a dog", height=32, width=34, steps=1)
-    SD.txt2img("a dog", height=32, width=34, steps=1, tile=0)
+    SD.txt2img("a dog", height=32, width=34, steps=1, vae_tiling=0)
     assert asked == [64]

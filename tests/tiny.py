@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from minisd.checkpoints.building import NETWORKS
 from minisd.checkpoints.load import Checkpoint
+from minisd.checkpoints.networks import NETWORKS
 from minisd.checkpoints.save import ldm_tensors, metadata
 from minisd.config import PRESETS, ModelConfig
 
@@ -51,7 +51,7 @@ TINY = {name: shrunk(preset) for name, preset in PRESETS.items()}
 def random_network(name: str, config, seed: int = 0) -> torch.nn.Module:
     """All weights drawn, also those that start at zero or one. Shared among tests: not to be changed in place."""
     with torch.device("meta"):
-        network = NETWORKS[name](config)
+        network = NETWORKS[name].module(config)
     generator = torch.Generator().manual_seed(seed)
     draw = {name: weight(name, tuple(p.shape), generator) for name, p in network.state_dict().items()}
     network.load_state_dict(draw, assign=True)

@@ -1,19 +1,10 @@
-"""Textual inversion (Gal et al. 2022): vectors for a new word, read from files of every layout, written in three.
-
-    the original's    .pt: {"string_to_token": {"*": 265}, "string_to_param": {"*": 'n d'}}
-    A1111's           the same with "name", "step" …; or a PNG with the same in it, as text or in the pixels
-    diffusers         {token: 'd' or 'n d'}, .bin or .safetensors
-    kohya             {"emb_params": 'n d'}
-    a bare tensor     'd' or 'n d'
-
-The doctor tells embeddings by the same `layout_of`.
-"""
+"""Textual inversion (Gal et al. 2022): vectors for a new word, read from files of every layout, written in three."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -21,30 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minisd.adapters.embedding_picture import is_png, read_picture
+from minisd.checkpoints.embedding_files import SDXL, layout_of
 from minisd.checkpoints.families import other_family
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors, save_safetensors
-from minisd.checkpoints.files.safe import written_whole
+from minisd.checkpoints.files.embedding_image import is_png, read_image
+from minisd.files import write_whole
 from minisd.models.clip import CLIPText
 from minisd.text.tokenizer import Tokenizer
 
-A1111, DIFFUSERS, KOHYA, SDXL, BARE = LAYOUTS = (
-    "A1111's and the original's layout",
-    "diffusers layout",
-    "kohya layout",
-    "SDXL layout",
-    "a bare tensor",
-)
-_PARAM = "string_to_param."
 MAX_ELEMENTS = 1 << 18  # 75 vectors, as many as a prompt has room for, of SDXL's 2048 and more
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a file holds its vectors. vectors: the token that the file names, "" for none → the tensor's name there."""
-
-    name: str
-    vectors: dict[str, str]
 
 
 def load_embeddings(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -54,8 +30,8 @@ def load_embeddings(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     path = Path(path)
     if is_png(path):
-        name, vectors = read_picture(path)
-        return {name or path.stem: _checked(path, "its picture", vectors)}
+        name, vectors = read_image(path)
+        return {name or path.stem: _checked(path, "its image", vectors)}
     file = open_tensors(path)
     if (layout := layout_of(file)) is None:
         _refuse(path, f"it holds no textual-inversion embedding: `minisd inspect {path}` says what it is")
@@ -67,22 +43,6 @@ def load_embeddings(path: str | os.PathLike) -> dict[str, Tensor]:
         token or _own_name(file): _checked(path, name or "its tensor", file.read(name))
         for token, name in layout.vectors.items()
     }
-
-
-def layout_of(file: TensorFile) -> Layout | None:
-    """The layout of a file of embeddings, by its names; None where they are not those of embeddings."""
-    names = [name for name in file if file.dtype(name).is_floating_point]
-    if param := [name for name in names if name.startswith(_PARAM)]:
-        tokens = (name.removeprefix(_PARAM) for name in param)
-        return Layout(A1111, dict(zip(("" if token == "*" else token for token in tokens), param, strict=True)))
-    if "emb_params" in names:
-        return Layout(KOHYA, {"": "emb_params"})
-    if sdxl := [name for name in names if name in ("clip_l", "clip_g")]:
-        return Layout(SDXL, {name: name for name in sdxl})
-    small = 0 < len(names) == len(file) <= 8 and all(1 <= len(file.shape(name)) <= 2 for name in names)
-    if not small or any(name.endswith((".weight", ".bias")) for name in names):
-        return None
-    return Layout(BARE if names == [""] else DIFFUSERS, {name: name for name in names})
 
 
 def _own_name(file: TensorFile) -> str:
@@ -156,8 +116,8 @@ def save_embedding(
     if layout not in ("a1111", "diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}; allowed: a1111, diffusers, kohya")
     suffix = ".pt" if layout == "a1111" else ".safetensors"
-    stem, given = os.path.splitext(os.fspath(path))
-    if given != suffix:
+    stem, extension = os.path.splitext(os.fspath(path))
+    if extension != suffix:
         raise ValueError(f"{path}: the layout {layout} is a {suffix} file: name it {stem}{suffix}")
     if vectors.ndim != 2:
         raise ValueError(f"the vectors have the shape {tuple(vectors.shape)}: give 'n d', one row per vector")
@@ -173,5 +133,4 @@ def save_embedding(
         "sd_checkpoint": None,
         "sd_checkpoint_name": None,
     }
-    with written_whole(path) as file:
-        torch.save(content, file)
+    write_whole(path, lambda file: torch.save(content, file), make_folder=False)

@@ -16,20 +16,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from minisd.adapters.lora_names import (
+from minisd.checkpoints.families import other_family
+from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors, save_safetensors
+from minisd.checkpoints.foreign import lora_base, lycoris_kinds
+from minisd.checkpoints.lora_files import (
     Pair,
     flat_name,
-    other_model,
-    our_names,
-    pairs,
+    names_from_official,
+    names_to_official,
+    pairs_in,
     peft_alpha,
     peft_config,
     text_width,
-    their_names,
-    variants,
 )
-from minisd.checkpoints.families import other_family
-from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors, save_safetensors
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,11 @@ def load_lora(path: str | os.PathLike, networks: Networks) -> Lora:
     CheckpointError where the file holds none, another kind of adapter, or one for models of another width.
     """
     file = open_lora(path)
-    names, (config, _) = our_names(networks), peft_config(file)
-    found = {pair: names.get(flat_name(pair.module)) for pair in pairs(file)}
+    names, (config, _) = names_from_official(networks), peft_config(file)
     lora: dict[str, LowRank] = {}
     used: set[str] = set()
-    for pair, layer in found.items():
-        if layer is None:
+    for pair in pairs_in(file):
+        if (layer := names.get(flat_name(pair.module))) is None:
             continue
         if layer in lora:
             _refuse(path, f"it changes the layer {layer} twice, the second time as {pair.module}")
@@ -165,13 +163,13 @@ def load_lora(path: str | os.PathLike, networks: Networks) -> Lora:
 def open_lora(path: str | os.PathLike) -> TensorFile:
     """The file, if it is a LoRA that some model of Stable Diffusion 1.x or 2.x may take; its values are not read."""
     file = open_tensors(path)
-    if kinds := variants(file):
+    if kinds := lycoris_kinds(file):
         _refuse(path, f"it is a {'/'.join(kinds)} adapter: only plain LoRAs are read")
-    if not (found := pairs(file)):
+    if not (pairs := pairs_in(file)):
         _refuse(path, f"it holds no LoRA (no lora_down, lora_A …): `minisd inspect {path}` says what it is")
-    if family := other_model(file):
+    if family := lora_base(file):
         _refuse(path, f"it is for {family}: minisd runs Stable Diffusion 1.x and 2.x only")
-    for pair in found:
+    for pair in pairs:
         if pair.up not in file:
             _refuse(path, f"the layer {pair.module} lacks its second matrix, {pair.up}: is the file whole?")
     return file
@@ -190,7 +188,7 @@ def _check_shapes(file: TensorFile, pair: Pair, layer: str, networks: Networks) 
     if changed[:2] == weight[:2] and (set(changed[2:]) | set(weight[2:]) <= {1} or changed == weight):
         return
     own = networks["unet"].config.context_dim
-    if (width := text_width(file, pairs(file))) not in (None, own):
+    if (width := text_width(file, pairs_in(file))) not in (None, own):
         _refuse(file.path, other_family(width, own))
     _refuse(file.path, f"it changes {pair.module} as a weight of {changed}, this model's is {weight}: another model's?")
 
@@ -245,7 +243,7 @@ def save_lora(
         raise ValueError(f"layout={layout!r}; allowed: kohya, peft")
     if os.path.splitext(os.fspath(path))[1] != ".safetensors":
         raise ValueError(f"{path}: a LoRA is saved as safetensors: name it {os.path.splitext(path)[0]}.safetensors")
-    names, tensors = their_names(networks), {}
+    names, tensors = names_to_official(networks), {}
     for layer, low_rank in lora.items():
         if layer not in names:
             raise ValueError(f"{layer!r} is no layer that a LoRA can change; they are {next(iter(names))}, …")

@@ -43,7 +43,7 @@ class CheckpointFile:
 
 # A contender imports what it needs and returns the function that is measured, which returns the networks.
 def minisd(file: CheckpointFile) -> Callable[[], list[nn.Module]]:
-    from minisd.pipeline import load
+    from minisd.stable_diffusion import load
 
     def run() -> list[nn.Module]:
         sd = load(file.path, config=file.config, dtype=getattr(torch, file.dtype), device=file.device)

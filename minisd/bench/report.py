@@ -147,7 +147,7 @@ def publish(reports: Iterable[BenchReport], options: BenchOptions) -> int:
 
 
 def write_json(reports: Sequence[BenchReport], path: Path) -> None:
-    from minisd.provenance.files import write_whole
+    from minisd.files import write_whole
 
     subjects = [report.as_json() for report in reports]
     text = json.dumps(subjects[0] if len(subjects) == 1 else joined(subjects), indent=1, allow_nan=False)

@@ -19,7 +19,7 @@ def startup(checkpoint: Path | None, prompt: str, runs: int) -> dict[str, float]
 
     checkpoint: the mini model when None. ValueError where the command fails.
     """
-    from minisd.pipeline import mini_model
+    from minisd.stable_diffusion import mini_model
 
     checkpoint, phases, whole = checkpoint or mini_model(), [], []
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:
@@ -51,26 +51,23 @@ def profile(checkpoint: Path, out: Path, prompt: str) -> dict[str, float]:
         now = time.perf_counter()
         phases[name], last = now - last, now
 
-    import minisd.pipeline  # noqa: F401 - with torch, most of the import time
-    from minisd.cli.generate import plan, samplings
-    from minisd.cli.options import Common, Model
-    from minisd.cli.output import Output
-    from minisd.provenance.arguments import Txt2Img
+    import minisd.stable_diffusion
+    from minisd.provenance.call import Call, File, LoadedModel
     from minisd.provenance.png import save_png
+    from minisd.tasks import Txt2Img
 
     lap("import")
-    common = Common(model=Model(checkpoint=checkpoint), output=Output(out=out))
-    call, names = plan([prompt], Txt2Img(), common, {})
-    sd = common.model.load()
+    sd = minisd.stable_diffusion.load(checkpoint)
     lap("load")
-    sampling = next(samplings(sd, call, {}))
+    sampling = next(Txt2Img().samplings(sd, prompt))
     lap("text")
     for _ in sampling:
         pass
     lap(f"{len(sampling)} steps")
     images = sampling.images()
     lap("decode")
-    save_png(names[0], images[0], call, 0)
+    call = Call(Txt2Img(), [prompt], LoadedModel(File(checkpoint.name, "")))
+    save_png(out, images[0], call, 0)
     lap("save")
     return phases
 

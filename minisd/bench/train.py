@@ -93,8 +93,8 @@ def set_lora_down(matrices: Iterable[Tensor]) -> None:
 
 # A contender: (the folder with the weights, what to train) → the function that is measured.
 def minisd(folder: Path, case: TrainingStep) -> Run:
-    from minisd.pipeline import load
-    from minisd.runtime.tuning import tune
+    from minisd.runtime.optimize import optimize
+    from minisd.stable_diffusion import load
     from minisd.training.optimizers import build_optimizers
     from minisd.training.options import LoopConfig
     from minisd.training.subject import dreambooth, lora, textual_inversion
@@ -119,7 +119,7 @@ def minisd(folder: Path, case: TrainingStep) -> Run:
             config = textual_inversion.TextualInversionConfig(subject, loop=loop)
             recipe = textual_inversion.textual_inversion_recipe(sd, photos, Path(out), config)
     networks = recipe.networks.train()
-    tune(networks, torch.device(case.device))
+    optimize(networks)
     optimizers = build_optimizers(networks, loop)
     x_0, noise = case.latents_and_noise()
     first = torch.zeros(case.batch, dtype=torch.long, device=case.device)

@@ -15,7 +15,7 @@ from minisd.bench.report import BenchReport, markdown
 from minisd.bench.startup import startup
 from minisd.bench.unet import GuidedStep
 from minisd.bench.vae import VAEPass
-from minisd.config import SD1, ModelConfig, Settings
+from minisd.config import SD1, ModelConfig
 
 PROMPT = "a red apple on a blue table"
 
@@ -52,16 +52,14 @@ class TextToImage:
 
 
 def minisd(folder: Path, case: TextToImage) -> Run:
-    from minisd.pipeline import load
+    from minisd.stable_diffusion import load
     from minisd.tasks import txt2img
 
     sd, latents = load(folder, dtype=case.torch_dtype, device=case.device), case.latents()
-    settings, size = Settings(steps=case.steps, batch_size=case.batch), case.size
+    options = {"num_images": case.batch, "batch_size": case.batch, "steps": case.steps}
 
     def run() -> Tensor:
-        (sampling,) = txt2img(
-            sd, PROMPT, num_images=case.batch, height=size, width=size, latents=latents, settings=settings
-        )
+        (sampling,) = txt2img(sd, PROMPT, height=case.size, width=case.size, latents=latents, **options)
         return (sampling.pixels() / 2 + 0.5).clamp(0, 1)
 
     return run

@@ -18,7 +18,7 @@ from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.load import load_network
 from minisd.config import SD1, ModelConfig
 from minisd.models.unet import Conditioning
-from minisd.runtime.tuning import tune
+from minisd.runtime.optimize import optimize
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class GuidedStep:
 
 def minisd(folder: Path, step: GuidedStep) -> Run:
     unet = load_network(folder, "unet", cast=lambda _: step.torch_dtype, device=step.device)
-    tune(unet, torch.device(step.device))  # as every task does before its first step
+    optimize(unet)  # as `load` does
     x_t, t, context = step.inputs()
     cond = unet.with_keys_values(Conditioning(context))  # once for a whole sampling
     return lambda: unet(x_t, t, cond)

@@ -19,7 +19,7 @@ from minisd.checkpoints.building import on_meta
 from minisd.checkpoints.load import load_network
 from minisd.config import SD1, ModelConfig
 from minisd.models.vae import VAE
-from minisd.runtime.tuning import tune
+from minisd.runtime.optimize import optimize
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _through(vae: VAE, vae_pass: VAEPass) -> Run:
 
 def minisd(folder: Path, vae_pass: VAEPass) -> Run:
     vae = load_network(folder, "vae", cast=lambda _: vae_pass.torch_dtype, device=vae_pass.device)
-    tune(vae, torch.device(vae_pass.device))  # as every task does before it
+    optimize(vae)  # as `load` does
     return _through(vae, vae_pass)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from minisd.checkpoints.building import on_meta
-from minisd.checkpoints.diffusers_layout import SUBFOLDERS, WEIGHTS
 from minisd.checkpoints.diffusers_write import folder_files
-from minisd.checkpoints.keymaps import give, keymap
+from minisd.checkpoints.keymaps import keymap, to_official
+from minisd.checkpoints.networks import NETWORKS
 from minisd.config import ModelConfig
 
 WHOLE = ("unet", "vae", "text")
@@ -20,16 +20,16 @@ STRIDE = 7919  # a prime, between the starts of two weights' slices
 
 
 def write_random_folder(folder: Path, config: ModelConfig, networks: Collection[str] = WHOLE) -> None:
-    """A diffusers folder with random float32 weights of some networks, which every contender can read."""
-    omitted = {SUBFOLDERS[name] for name in WHOLE if name not in networks}
-    for file, text in folder_files(config).items():
-        if file.partition("/")[0] not in omitted:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(text, encoding="utf-8")
+    """A diffusers folder with random float32 weights, which every contender can read; only of some networks at need."""
+    unwanted = {NETWORKS[name].subfolder for name in WHOLE if name not in networks}
+    for place, text in folder_files(config).items():
+        if place.partition("/")[0] not in unwanted:
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_text(text, encoding="utf-8")
     for name in networks:
         network = on_meta(name, getattr(config, name))
-        tensors = give(random_state(network), keymap(network, "hf" if name == "text" else "diffusers"))
-        path = folder / SUBFOLDERS[name] / f"{WEIGHTS[name]}.safetensors"
+        tensors = to_official(random_state(network), keymap(network, NETWORKS[name].folder_dialect))
+        path = folder / NETWORKS[name].subfolder / f"{NETWORKS[name].weights}.safetensors"
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
 
 

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minisd.checkpoints.detect import Part, Renamed
+from minisd.checkpoints.detect import Part
 from minisd.checkpoints.files.entries import CheckpointError
-from minisd.checkpoints.keymaps import KeyMap, keymap, take
-from minisd.models.clip import CLIPText, CLIPVision
-from minisd.models.controlnet import ControlNet
-from minisd.models.unet import UNet
-from minisd.models.vae import VAE
+from minisd.checkpoints.keymaps import KeyMap, from_official, keymap
+from minisd.checkpoints.networks import NETWORKS
+from minisd.checkpoints.networks.format import Renamed
 
-NETWORKS = {"unet": UNet, "vae": VAE, "text": CLIPText, "vision": CLIPVision, "control": ControlNet}
 Cast = Callable[[torch.dtype], torch.dtype]
 READERS = 4  # threads at most that read and convert tensors
 
@@ -47,11 +44,11 @@ def build(
     shapes = {ours: tuple(tensor.shape) for ours, tensor in network.state_dict().items()}
     names = keymap(network, part.dialect)
     held = {ours: source for ours, source in names.items() if source.key in part.tensors}
-    state = _take(name, held, part.tensors, shapes, where, cast, device)
+    state = _read_checked(name, held, part.tensors, shapes, where, cast, device)
     if rest is not None:
-        more = keymap(network, original_dialect(name, part.config)).items()
+        more = keymap(network, NETWORKS[name].single_file_dialect(part.config)).items()
         more = {ours: source for ours, source in more if ours not in held and source.key in rest}
-        state |= _take(name, more, rest, shapes, where, cast, device)
+        state |= _read_checked(name, more, rest, shapes, where, cast, device)
     if missing := [source.key for ours, source in names.items() if ours not in state]:
         refuse(where, f"{len(missing)} tensors of its {name} are missing, first: {missing[0]}: is it whole?")
     used = {source.key for source in names.values()}
@@ -70,18 +67,11 @@ def assign(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         setattr(modules[module], leaf, nn.Parameter(tensor))
 
 
-def original_dialect(name: str, config) -> str:
-    """How the original's single files name the tensors of a network."""
-    if name == "text":
-        return "openclip" if config.activation == "gelu" else "hf"
-    return "openclip" if name == "vision" else "ldm"
-
-
 def on_meta(name: str, config, where: str | os.PathLike = "") -> nn.Module:
     """The network without memory for its weights, nor time spent on drawing them."""
     try:
         with _Undrawn():
-            return NETWORKS[name](config)
+            return NETWORKS[name].module(config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that torch refuses
         raise CheckpointError(f"{where}: no {name} can be built from {config}: {str(error)[:200]}") from error
 
@@ -101,7 +91,9 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast: Cast, device) -> dict[str, Tensor]:
+def _read_checked(
+    name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast: Cast, device
+) -> dict[str, Tensor]:
     for ours, source in names.items():
         shape = tensors.shape(source.key)
         rank = len(shape)
@@ -111,7 +103,7 @@ def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast:
         if not tensors.dtype(source.key).is_floating_point:
             dtype = tensors.dtype(source.key)
             refuse(where, f"{source.key} of its {name} holds {dtype}: quantised files are not supported")
-        if (shape := source.taken(shape)) != shapes[ours]:
+        if (shape := source.our_shape(shape)) != shapes[ours]:
             refuse(where, f"{source.key} of its {name} has shape {shape}, {shapes[ours]} is expected")
 
     def read(key: str) -> Tensor:
@@ -121,14 +113,14 @@ def _take(name: str, names: KeyMap, tensors: Renamed, shapes: dict, where, cast:
 
     keys = list(dict.fromkeys(source.key for source in names.values()))
     if torch.device(device).type == "cpu" and all(cast(tensors.dtype(key)) == tensors.dtype(key) for key in keys):
-        return take(read, names)  # nothing is read
+        return from_official(read, names)  # nothing is read
     # Most of the time goes into the system's handing out of memory: quickest from as many threads as there are cores,
     # each converting by itself.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(min(READERS, threads)) as pool:
-            return take(dict(zip(keys, pool.map(read, keys), strict=True)).__getitem__, names)
+            return from_official(dict(zip(keys, pool.map(read, keys), strict=True)).__getitem__, names)
     finally:
         torch.set_num_threads(threads)
 

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from minisd.checkpoints.shapes import config_of
+from minisd.checkpoints.foreign import foreign_kind
+from minisd.checkpoints.networks import NETWORKS
+from minisd.checkpoints.networks.format import Renamed
 
 SCHEDULE_BUFFERS = (
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
@@ -38,41 +37,6 @@ KNOWN_NOT_RUN = tuple(
         (r"safety_checker\.", "safety checker"),
     )
 )
-
-# Whole kinds of file that are not run here, by names that only they have: (pattern, kind).
-FOREIGN = (
-    (r"conditioner\.embedders\.", "an SDXL checkpoint"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD3 checkpoint"),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux checkpoint"),
-    (r"add_embedding\.linear_1\.", "an SDXL U-Net in diffusers layout"),
-    (r"lora_(unet|te\d?)_|(unet|text_encoder)\..*lora_[AB]\.|.*\.lora_(down|up)\.|.*_lora\.(down|up)\.", "a LoRA"),
-    (r"(string_to_param|emb_params|clip_[lg])(\.|$)", "a textual-inversion embedding"),
-)
-
-
-class Renamed(Mapping[str, Tensor]):
-    """Part of a file's tensors under other names: `names` maps the new name to the file's. Lazy, like the file."""
-
-    def __init__(self, file, names: Mapping[str, str]):
-        self.file, self.names = file, dict(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.file.shape(self.names[name]))
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.file.dtype(self.names[name])
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.file.read(self.names[name], dtype)
 
 
 @dataclass
@@ -104,131 +68,37 @@ def contents(file) -> Contents:
     file: a mapping name → tensor with shape(name), dtype(name) and read(name, dtype), as `open_tensors` gives.
     """
     names = list(file)
-    for pattern, kind in FOREIGN:
-        if any(re.match(pattern, name) for name in names):
-            return Contents(kind, {}, {}, names)
+    if kind := foreign_kind(names):
+        return Contents(kind, {}, {}, names)
     parts = {}
-    for place in PLACES:
-        view = None if place.network in parts else place.view(file, names)
+    for network, declared in NETWORKS.items():
+        views = ((naming.dialect, naming.view(file, names)) for naming in declared.namings)
+        dialect, view = next((pair for pair in views if pair[1] is not None), ("", None))
         if view is not None:
-            config, doubt = config_of(place.network, view, place.dialect)
-            parts[place.network] = Part(config, place.dialect, view, doubt)
+            config, doubt = declared.config_from_shapes(view, dialect)
+            parts[network] = Part(config, dialect, view, doubt)
     used = {original for part in parts.values() for original in part.tensors.names.values()}
-    found = Contents(_kind(set(parts), file, names), parts, {}, [])
-    account([name for name in names if name not in used], found)
-    return found
+    result = Contents(_kind(set(parts), file, names), parts, {}, [])
+    account([name for name in names if name not in used], result)
+    return result
 
 
-def account(names: Iterable[str], found: Contents, place: str = "") -> None:
-    """Sort tensors that no network uses into the known and the unknown, listed with the place they stand in."""
+def account(names: Iterable[str], contents: Contents, folder: str = "") -> None:
+    """Sort tensors that no network uses into the known and the unknown, listed with the folder they stand in."""
     for name in names:
         reason = next((reason for pattern, reason in KNOWN_NOT_RUN if pattern.match(name)), None)
-        (found.unknown if reason is None else found.known.setdefault(reason, [])).append(place + name)
+        (contents.unknown if reason is None else contents.known.setdefault(reason, [])).append(folder + name)
 
 
 def _kind(parts: set[str], file, names: list[str]) -> str:
     if {"unet", "vae"} <= parts or {"unet", "text"} <= parts:
         return "a Stable Diffusion checkpoint" + (" with a ControlNet" if "control" in parts else "")
-    alone = {
-        "control": "a ControlNet",
-        "unet": "a U-Net alone",
-        "vae": "a VAE alone",
-        "text": "a CLIP text encoder alone",
-        "vision": "a CLIP vision encoder alone",
-    }
     if {"text", "vision"} <= parts:
         return "a CLIP model"
-    for network, kind in alone.items():
+    for network in ("control", *NETWORKS):
         if network in parts:
-            return kind
+            return NETWORKS[network].kind
     widths = {tuple(file.shape(name))[-1:] for name in names if len(file.shape(name)) <= 2}
     if names and len(names) <= 4 and widths and widths <= {(768,), (1024,), (1280,)}:
         return "a textual-inversion embedding"
     return "no kind of checkpoint that minisd knows"
-
-
-# ------------------------------------------------------------------------------------------- where each network stands
-
-
-def _new_vae_name(name: str) -> str:
-    """diffusers < 0.15 called the projections of the VAE's attention otherwise."""
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        name = re.sub(rf"(mid_block\.attentions\.0\.){old}\.", rf"\g<1>{new}.", name)
-    return name
-
-
-def _with_text_model(name: str) -> str:
-    """transformers 5 and NovelAI-style merges leave out the level "text_model."."""
-    return name if name.startswith("text_projection") else f"text_model.{name}"
-
-
-def _with_vision_model(name: str) -> str:
-    return name if name.startswith("visual_projection") else f"vision_model.{name}"
-
-
-@dataclass(frozen=True)
-class Place:
-    """One way in which a network stands in a file: behind one of the prefixes, where there is a tensor `marker`.
-
-    names: the beginnings of its tensors' names after the prefix. unless: a tensor that makes it another network.
-    """
-
-    network: str
-    dialect: str
-    prefixes: tuple[str, ...]
-    marker: str
-    names: str = ""
-    unless: str | None = None
-    rename: Callable[[str], str] = str
-
-    def view(self, file, names: list[str]) -> Renamed | None:
-        """The network's tensors under its dialect's names; None where it does not stand in this way."""
-        for prefix in self.prefixes:
-            if prefix + self.marker in file and (self.unless is None or prefix + self.unless not in file):
-                pattern = re.compile(f"{re.escape(prefix)}({self.names})")
-                mine = [name for name in names if pattern.match(name) and not INSIDE.match(name)]
-                return Renamed(file, {self.rename(name[len(prefix) :]): name for name in mine})
-        return None
-
-
-INSIDE = re.compile(r".*(position_ids|logit_scale|attn_mask)$")  # not run, though among a network's own tensors
-_UNET_LDM = r"time_embed|label_emb|input_blocks|middle_block|output_blocks|out\.|zero_convs|input_hint_block"
-_VAE = r"encoder\.|decoder\.|quant_conv|post_quant_conv"
-_HINT = "controlnet_cond_embedding.conv_in.weight"
-_LDM_TEXT = ("cond_stage_model.transformer.", "")
-PLACES = (  # of each network the first that fits
-    Place(
-        "unet", "ldm", ("model.diffusion_model.", ""), "input_blocks.0.0.weight", _UNET_LDM, "input_hint_block.0.weight"
-    ),
-    Place("unet", "diffusers", ("",), "time_embedding.linear_1.weight", unless=_HINT),
-    Place("control", "ldm", ("control_model.", ""), "input_hint_block.0.weight", _UNET_LDM),
-    Place("control", "diffusers", ("",), _HINT),
-    Place("vae", "ldm", ("first_stage_model.", ""), "encoder.down.0.block.0.norm1.weight", _VAE),
-    Place("vae", "diffusers", ("",), "encoder.down_blocks.0.resnets.0.norm1.weight", _VAE, rename=_new_vae_name),
-    Place("text", "hf", _LDM_TEXT, "text_model.embeddings.token_embedding.weight", "text_model|text_projection"),
-    Place(
-        "text",
-        "hf",
-        _LDM_TEXT,
-        "embeddings.token_embedding.weight",
-        "embeddings|encoder|final_layer_norm|text_projection",
-        rename=_with_text_model,
-    ),
-    Place(
-        "text",
-        "openclip",
-        ("cond_stage_model.model.", ""),
-        "ln_final.weight",
-        "token_embedding|positional_embedding|transformer|ln_final|text_projection",
-    ),
-    Place("vision", "openclip", ("embedder.model.visual.", "visual."), "class_embedding"),
-    Place("vision", "hf", ("",), "vision_model.embeddings.class_embedding", "vision_model|visual_projection"),
-    Place(
-        "vision",
-        "hf",
-        ("",),
-        "embeddings.class_embedding",
-        "embeddings|pre_layrnorm|encoder|post_layernorm|visual_projection",
-        rename=_with_vision_model,
-    ),
-)

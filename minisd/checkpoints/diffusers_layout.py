@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from minisd.checkpoints.detect import Contents, contents
-from minisd.checkpoints.diffusers_json import read_json, read_schedule, refine
+from minisd.checkpoints.diffusers_json import read_json, read_schedule, read_tokenizer
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
+from minisd.checkpoints.networks import NETWORKS
 from minisd.config import Prediction, ScheduleConfig
-from minisd.text.tokenizer import FIRST_ADDED
 
-SUBFOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "vision": "image_encoder"}
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text": "model", "vision": "model"}
 EXTRA = "minisd_extra.safetensors"
 NORMALIZER = "image_normalizer"  # mean and std of unCLIP's image embeddings
 NOT_RUN = ("safety_checker", "depth_estimator")
@@ -40,26 +38,26 @@ class Folder:
 class Tensors(Mapping[str, Tensor]):
     """The tensors of one component, in one file or in several shards."""
 
-    def __init__(self, place: Mapping[str, TensorFile]):
-        self.place = place
+    def __init__(self, files: Mapping[str, TensorFile]):
+        self.files = files
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.place[name][name]
+        return self.files[name][name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.place)
+        return iter(self.files)
 
     def __len__(self) -> int:
-        return len(self.place)
+        return len(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.place[name].shape(name)
+        return self.files[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.place[name].dtype(name)
+        return self.files[name].dtype(name)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.place[name].read(name, dtype)
+        return self.files[name].read(name, dtype)
 
 
 def open_folder(path: Path) -> Folder:
@@ -68,20 +66,21 @@ def open_folder(path: Path) -> Folder:
     path: the folder with model_index.json, or that of one component.
     """
     folder = Folder(Contents("a diffusers folder", {}, {}, []))
-    for network, name in SUBFOLDERS.items():
-        if (path / name).is_dir():
-            _add(folder, network, path / name)
+    subfolders = {name: declared.subfolder for name, declared in NETWORKS.items() if declared.subfolder}
+    for network, subfolder in subfolders.items():
+        if (path / subfolder).is_dir():
+            _add(folder, network, path / subfolder)
     if not folder.contents.parts and (path / "config.json").is_file():
         _add(folder, None, path)
     if not folder.contents.parts:
         raise CheckpointError(
-            f"{path}: a folder without {', '.join(sorted(SUBFOLDERS.values()))} or a config.json of its own: "
+            f"{path}: a folder without {', '.join(sorted(subfolders.values()))} or a config.json of its own: "
             "give a diffusers folder (the one that holds model_index.json) or a single file"
         )
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         folder.schedule, folder.prediction = read_schedule(read_json(scheduler), scheduler)
-    folder.pad_id, folder.added_tokens = _read_tokenizer(path / "tokenizer")
+    folder.pad_id, folder.added_tokens = read_tokenizer(path / "tokenizer")
     if any((path / NORMALIZER).glob("diffusion_pytorch_model*")):
         folder.normalizer = _open_weights(path / NORMALIZER, folder)
         names = [f"{NORMALIZER}/{name}" for name in folder.normalizer]
@@ -93,22 +92,25 @@ def open_folder(path: Path) -> Folder:
 def _add(folder: Folder, network: str | None, path: Path) -> None:
     """Add the component at path: the network that belongs there, or every one that its file holds."""
     config, tensors = read_json(path / "config.json"), _open_weights(path, folder)
-    found = contents(tensors)
-    networks = [network] if network else list(found.parts)
-    if not networks or networks[0] not in found.parts:
-        raise CheckpointError(f"{path}: its weights are {found.kind}, not a {network or 'network that minisd runs'}")
-    if found.unknown:
-        raise CheckpointError(f"{path}: {len(found.unknown)} tensors of no known network, first: {found.unknown[0]}")
+    content = contents(tensors)
+    networks = [network] if network else list(content.parts)
+    if not networks or networks[0] not in content.parts:
+        raise CheckpointError(f"{path}: its weights are {content.kind}, not a {network or 'network that minisd runs'}")
+    if content.unknown:
+        raise CheckpointError(
+            f"{path}: {len(content.unknown)} tensors of no known network, first: {content.unknown[0]}"
+        )
     for name in networks:
-        part = found.parts[name]
-        said = config.get(f"{name}_config")  # a whole CLIP model has one for either tower
-        part.config = refine(name, part.config, said if isinstance(said, dict) else config, path / "config.json")
+        part = content.parts[name]
+        own = config.get(f"{name}_config")  # a whole CLIP model has one for either tower
+        declared = own if isinstance(own, dict) else config
+        part.config = NETWORKS[name].config_from_json(part.config, declared, path / "config.json")
         part.doubt = ""
         folder.contents.parts[name] = part
-    for reason, names in found.known.items():
+    for reason, names in content.known.items():
         folder.contents.known.setdefault(reason, []).extend(f"{path.name}/{name}" for name in names)
     if list(folder.contents.parts) == networks:
-        folder.contents.kind = found.kind
+        folder.contents.kind = content.kind
     if network == "unet" and type(config.get("sample_size")) is int and 0 < config["sample_size"] < 10_000:
         folder.sample_size = config["sample_size"]
 
@@ -154,40 +156,3 @@ def _open_shards(index: Path, folder: Folder) -> Tensors:
     if stray := next((t for f in files.values() for t in f if t not in weight_map), None):
         raise CheckpointError(f"{index}: the tensor {stray} stands in a shard but not in the index")
     return Tensors({tensor: files[name] for tensor, name in weight_map.items()})
-
-
-# ---------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def _read_tokenizer(path: Path) -> tuple[int | None, dict[str, list[int]]]:
-    """(id of the padding, 49407 or 0, None where no file says; the added tokens: placeholder → its ids)."""
-    files = {
-        name: read_json(path / name) if (path / name).is_file() else {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
-    }
-    pad_id = None
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        pad = files[name].get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        if pad_id is None and pad in ("!", "<|endoftext|>"):
-            pad_id = 0 if pad == "!" else 49407
-    added = dict(files["added_tokens.json"])
-    decoder = files["tokenizer_config.json"].get("added_tokens_decoder", {})  # transformers 5 keeps them here
-    for number, token in decoder.items() if isinstance(decoder, dict) else ():
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal():
-            added[token["content"]] = int(number[:10])
-    if bad := next((f"{name!r}: {i!r}" for name, i in added.items() if type(i) is not int), None):
-        raise CheckpointError(f"{path / 'added_tokens.json'}: {bad} is not a token and its id")
-    return pad_id, _placeholders({name: i for name, i in added.items() if i >= FIRST_ADDED})
-
-
-def _placeholders(ids: Mapping[str, int]) -> dict[str, list[int]]:
-    """diffusers names the n vectors of a placeholder `<cat>`, `<cat>_1`, `<cat>_2`, …: back to one name for all."""
-    groups: dict[str, list[int]] = {}
-    for name, i in sorted(ids.items(), key=lambda item: item[1]):
-        first, _, n = name.rpartition("_")
-        if first in groups and n == str(len(groups[first])) and i == groups[first][-1] + 1:
-            groups[first].append(i)
-        else:
-            groups[name] = [i]
-    return groups

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from minisd.checkpoints.detect import Contents
 from minisd.checkpoints.diffusers_json import read_json, read_schedule
+from minisd.checkpoints.families import presets_of
 from minisd.checkpoints.files.entries import CheckpointError
-from minisd.config import PRESETS, Prediction, UNetConfig
+from minisd.config import Prediction, UNetConfig
 
 # global_step of official 2.x files whose other evidence is missing
 GLOBAL_STEPS = {875_000: "eps", 110_000: "v"}
@@ -19,7 +20,15 @@ PROBE_TENSORS = {
     "diffusers": "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
 }
 PROBE_THRESHOLD = 0.09
-SPOKEN = {"v": "v", "v_prediction": "v", "velocity": "v", "eps": "eps", "epsilon": "eps", "x0": "x_0", "sample": "x_0"}
+SPELLINGS: dict[str, Prediction] = {
+    "v_prediction": "v",
+    "velocity": "v",
+    "v": "v",
+    "epsilon": "eps",
+    "eps": "eps",
+    "sample": "x_0",
+    "x0": "x_0",
+}
 Evidence = tuple[Prediction, str]
 
 
@@ -44,9 +53,8 @@ def evidence_of(
     """
     unet = contents.parts["unet"]
     family = _from_family(unet.config)
-    for said in (_from_trainer(metadata or {}), _from_scheduler(path), _from_yaml(path), family):
-        if said:
-            yield said
+    declared = (_from_trainer(metadata or {}), _from_scheduler(path), _from_yaml(path))
+    yield from filter(None, (*declared, family))
     if global_step in GLOBAL_STEPS:
         yield GLOBAL_STEPS[global_step], f"global_step {global_step}"
     tensor = PROBE_TENSORS[unet.dialect]
@@ -58,15 +66,15 @@ def evidence_of(
 
 def _from_trainer(metadata: Mapping[str, str]) -> Evidence | None:
     """modelspec.prediction_type, which kohya's scripts and others write into safetensors files."""
-    said = metadata.get("modelspec.prediction_type", "").lower()
-    return (SPOKEN[said], f"modelspec.prediction_type {said!r} in its metadata") if said in SPOKEN else None
+    word = metadata.get("modelspec.prediction_type", "").lower()
+    return (SPELLINGS[word], f"modelspec.prediction_type {word!r} in its metadata") if word in SPELLINGS else None
 
 
 def _from_scheduler(path: Path) -> Evidence | None:
     """scheduler_config.json beside the file, or in scheduler/ beside it, as in the official repositories."""
-    for place in (path.parent / "scheduler_config.json", path.parent / "scheduler" / "scheduler_config.json"):
-        if path.is_file() and place.is_file():
-            return read_schedule(read_json(place), place)[1]
+    for file in (path.parent / "scheduler_config.json", path.parent / "scheduler" / "scheduler_config.json"):
+        if path.is_file() and file.is_file():
+            return read_schedule(read_json(file), file)[1]
     return None
 
 
@@ -85,16 +93,16 @@ def _from_yaml(path: Path) -> Evidence | None:
         raise CheckpointError(f"{beside}: it says what this model predicts, but cannot be read: {error}") from error
     if "diffusion" not in text.lower():
         return None
-    said = re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE)
-    if said is None:
+    match = re.search(r"^\s*parameterization\s*:\s*[\"']?(\w+)", text, re.MULTILINE)
+    if match is None:
         return "eps", f"{beside.name} (no parameterization, the original's default is eps)"
-    return (SPOKEN[said[1]], f"parameterization in {beside.name}") if said[1] in SPOKEN else None
+    return (SPELLINGS[match[1]], f"parameterization in {beside.name}") if match[1] in SPELLINGS else None
 
 
 def _from_family(unet: UNetConfig) -> Evidence | None:
     """Where every official model of these shapes predicts the same."""
-    families = [preset for preset in PRESETS.values() if preset.unet == unet]
-    predictions = {preset.prediction for preset in families}
+    presets = list(presets_of(unet).values())
+    predictions = {preset.prediction for preset in presets}
     if len(predictions) == 1:
-        return predictions.pop(), f"every official {families[0].name} model does"
+        return predictions.pop(), f"every official {presets[0].name} model does"
     return None

@@ -9,23 +9,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from minisd.checkpoints.building import NETWORKS, Cast, build, keep_dtype, on_meta, refuse, refuse_doubt
-from minisd.checkpoints.detect import Contents, Part, Renamed
+from minisd.checkpoints.building import Cast, build, keep_dtype, on_meta, refuse, refuse_doubt
+from minisd.checkpoints.detect import Contents, Part
+from minisd.checkpoints.families import model_config
 from minisd.checkpoints.keymaps import keymap
-from minisd.checkpoints.opening import PREFIXES, TOKENS_KEY, WHOLE, Opened, family, open_checkpoint
-from minisd.checkpoints.shapes import agrees
+from minisd.checkpoints.networks import NETWORKS, WHOLE
+from minisd.checkpoints.networks.format import Renamed
+from minisd.checkpoints.opening import Opened, open_checkpoint, opened_configs
 from minisd.config import ModelConfig, Prediction
-
-__all__ = [
-    "TOKENS_KEY",
-    "Checkpoint",
-    "Opened",
-    "build",
-    "foreign_tensors",
-    "load_checkpoint",
-    "load_network",
-    "open_checkpoint",
-]
 
 
 @dataclass
@@ -115,7 +106,7 @@ def load_network(
 
 def _part(opened: Opened, name: str) -> Part:
     if name not in opened.contents.parts:
-        refuse(opened.path, f"it holds no {NETWORKS[name].__name__}: it is {opened.contents.kind}")
+        refuse(opened.path, f"it holds no {NETWORKS[name].module.__name__}: it is {opened.contents.kind}")
     return opened.contents.parts[name]
 
 
@@ -123,30 +114,30 @@ def _drop_in_vae(opened: Opened, path: str | os.PathLike) -> Part:
     """The VAE of another file or folder. Where shapes leave its scale factor open, it has that of the replaced one."""
     part, own = _part(open_checkpoint(path), "vae"), opened.contents.parts.get("vae")
     opened.notes.append(f"the VAE is that of {path}")
-    said = opened.config.vae if opened.config else own and own.config
-    if part.doubt and said and not (own and own.doubt) and agrees("vae", said, part.config):
-        return replace(part, config=said, doubt="")
+    replaced = opened.config.vae if opened.config else own and own.config
+    if part.doubt and replaced and not (own and own.doubt) and NETWORKS["vae"].agrees(replaced, part.config):
+        return replace(part, config=replaced, doubt="")
     return part
 
 
 def _require_whole(opened: Opened) -> None:
-    found = opened.contents
-    missing = [name for name in ("unet", "vae", "text") if name not in found.parts]
+    parts, kind = opened.contents.parts, opened.contents.kind
+    missing = [name for name in ("unet", "vae", "text") if name not in parts]
     if missing:
-        there = ", ".join(f"{name}: {len(part.tensors)} tensors" for name, part in found.parts.items())
+        present = ", ".join(f"{name}: {len(part.tensors)} tensors" for name, part in parts.items())
         hint = ": give one with vae=" if missing == ["vae"] else ""
-        needs = f"a whole model also needs {' and '.join(missing)}{hint}" if there else "not a whole model"
-        refuse(opened.path, f"it is {found.kind}{f' ({there})' if there else ''}; {needs}")
-    if doubt := next((part.doubt for name, part in found.parts.items() if part.doubt and name in WHOLE), ""):
+        needs = f"a whole model also needs {' and '.join(missing)}{hint}" if present else "not a whole model"
+        refuse(opened.path, f"it is {kind}{f' ({present})' if present else ''}; {needs}")
+    if doubt := next((part.doubt for name, part in parts.items() if part.doubt and name in WHOLE), ""):
         refuse_doubt(opened.path, doubt)
-    if foreign := foreign_tensors(found):
+    if foreign := foreign_tensors(opened.contents):
         refuse(opened.path, f"{len(foreign)} tensors in its networks are not Stable Diffusion's, first: {foreign[0]}")
 
 
-def foreign_tensors(found: Contents) -> list[str]:
+def foreign_tensors(contents: Contents) -> list[str]:
     """Tensors under a network's prefix that the network does not have: another architecture, not leftovers."""
-    prefixes = tuple(PREFIXES.values())
-    return [name for name in found.unknown if name.startswith(prefixes)]
+    prefixes = tuple(prefix for declared in NETWORKS.values() for prefix in declared.prefixes.values())
+    return [name for name in contents.unknown if name.startswith(prefixes)]
 
 
 def _use_ema(opened: Opened, has_ema: bool) -> None:
@@ -168,17 +159,17 @@ def _use_ema(opened: Opened, has_ema: bool) -> None:
 
 def _settle(opened: Opened, prediction: Prediction | None) -> tuple[ModelConfig, str]:
     """The config of what is loaded, and why its prediction is what it is."""
-    found, evidence = opened.prediction
+    inferred, evidence = opened.prediction
     if prediction is not None:
-        evidence = "prediction= was given" + (
-            f", against {found}: {evidence}" if found not in (None, prediction) else ""
-        )
-    elif found is None:
+        against = f", against {inferred}: {evidence}" if inferred not in (None, prediction) else ""
+        evidence = "prediction= was given" + against
+    elif inferred is None:
         refuse(
             opened.path, f'nothing tells whether its U-Net predicts eps or v ({evidence}): give prediction="eps" or "v"'
         )
-    config = opened.config or family(opened.contents, prediction or found)
-    return replace(config, vae=opened.contents.parts["vae"].config, prediction=prediction or found), evidence
+    prediction = prediction or inferred
+    config = opened.config or model_config(opened_configs(opened.contents), prediction)
+    return replace(config, vae=opened.contents.parts["vae"].config, prediction=prediction), evidence
 
 
 def _check_tokens(opened: Opened, config: ModelConfig) -> None:

@@ -9,26 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from minisd.checkpoints.detect import INSIDE, Contents, Renamed, account, contents
-from minisd.checkpoints.diffusers_layout import EXTRA, SUBFOLDERS, Folder, open_folder
+from minisd.checkpoints.detect import Contents, account, contents
+from minisd.checkpoints.diffusers_layout import EXTRA, Folder, open_folder
 from minisd.checkpoints.evidence import prediction_of
+from minisd.checkpoints.families import model_config
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
-from minisd.checkpoints.shapes import agrees
-from minisd.config import PRESETS, ModelConfig, Prediction
+from minisd.checkpoints.networks import NETWORKS, WHOLE
+from minisd.checkpoints.networks.format import NEVER_RUN, Renamed
+from minisd.config import ModelConfig, Prediction
 from minisd.text.tokenizer import Tokenizer
 
-PREFIXES = {  # of the original's single files
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    ("text", "hf"): "cond_stage_model.transformer.",
-    ("text", "openclip"): "cond_stage_model.model.",
-    "vision": "embedder.model.visual.",
-    "control": "control_model.",
-}
 CONFIG_KEY, EVIDENCE_KEY, STEP_KEY, TOKENS_KEY = (
     f"minisd_{name}" for name in ("config", "prediction_evidence", "global_step", "added_tokens")
 )
-WHOLE = ("unet", "vae", "text", "vision")  # the networks that ModelConfig describes
 
 
 @dataclass
@@ -72,59 +65,59 @@ def open_checkpoint(path: str | os.PathLike, *, config: ModelConfig | None = Non
 
 def understand(file: TensorFile, path: Path, config: ModelConfig | None = None) -> Opened:
     """What a single file is, from the names, shapes, plain values and metadata of an opened one."""
-    found = contents(file)
-    opened = Opened(path, "ldm", found, [file], metadata=file.metadata)
+    inside = contents(file)
+    opened = Opened(path, "ldm", inside, [file], metadata=file.metadata)
     opened.global_step = _step(file.extra.get("global_step", file.metadata.get(STEP_KEY)))
     if file.dropped:
         opened.notes.append(
             f"pickled objects left out, nothing of them was run: {', '.join(sorted(set(file.dropped)))}"
         )
-    names = [name for names in found.known.values() for name in names] + found.unknown
-    if "control" in found.parts and "unet" in found.parts:
-        names += found.parts["control"].tensors.names.values()
+    names = [name for names in inside.known.values() for name in names] + inside.unknown
+    if "control" in inside.parts and "unet" in inside.parts:
+        names += inside.parts["control"].tensors.names.values()
     opened.extras = Renamed(file, {name: name for name in names})
-    if said := _stated(opened, config):
+    if declared := _declared(opened, config):
         for name in WHOLE:
-            if name in found.parts:
-                _adopt(opened, name, getattr(said, name))
-        opened.config = said
-    elif "unet" in found.parts:
-        opened.prediction = prediction_of(found, path, opened.global_step, file.metadata)
+            if name in inside.parts:
+                _adopt(opened, name, getattr(declared, name))
+        opened.config = declared
+    elif "unet" in inside.parts:
+        opened.prediction = prediction_of(inside, path, opened.global_step, file.metadata)
     opened.added_tokens = _added_tokens(opened)
     return opened
 
 
-def _adopt(opened: Opened, name: str, said) -> None:
-    """Take what a config says about a network, if it has the shapes that were seen."""
+def _adopt(opened: Opened, name: str, declared) -> None:
+    """Take the declared config of a network, if it has the shapes of the tensors."""
     part = opened.contents.parts[name]
-    if said is None or not agrees(name, said, part.config):
+    if declared is None or not NETWORKS[name].agrees(declared, part.config):
         raise CheckpointError(
-            f"{opened.path}: its config and the shapes of its {name} disagree: {said} / seen: {part.config}"
+            f"{opened.path}: its config and the shapes of its {name} disagree: {declared} / seen: {part.config}"
         )
-    part.config, part.doubt = said, ""
+    part.config, part.doubt = declared, ""
 
 
 def _understand_folder(path: Path, config: ModelConfig | None) -> Opened:
     folder: Folder = open_folder(path)
-    found = folder.contents
-    opened = Opened(path, "diffusers", found, folder.files, notes=folder.notes, added_tokens=folder.added_tokens)
+    inside = folder.contents
+    opened = Opened(path, "diffusers", inside, folder.files, notes=folder.notes, added_tokens=folder.added_tokens)
     if (path / EXTRA).is_file():
         _read_extra(opened)
     elif folder.normalizer is not None:
         names = {f"noise_augmentor.data_{name}": name for name in folder.normalizer if name in ("mean", "std")}
         opened.extras = Renamed(folder.normalizer, names)
-    if said := _stated(opened, config):
+    if declared := _declared(opened, config):
         for name in WHOLE:
-            if name in found.parts:
-                _agree(opened, name, getattr(said, name))
-        if folder.prediction and folder.prediction[0] != said.prediction:
+            if name in inside.parts:
+                _agree(opened, name, getattr(declared, name))
+        if folder.prediction and folder.prediction[0] != declared.prediction:
             raise CheckpointError(
-                f"{path}: scheduler/scheduler_config.json says {folder.prediction[0]}, its config {said.prediction}: "
-                "make them agree, or remove the one that is wrong"
+                f"{path}: scheduler/scheduler_config.json says {folder.prediction[0]}, its config "
+                f"{declared.prediction}: make them agree, or remove the one that is wrong"
             )
-        opened.config = said
-    elif "unet" in found.parts:
-        opened.prediction = folder.prediction or prediction_of(found, path, opened.global_step)
+        opened.config = declared
+    elif "unet" in inside.parts:
+        opened.prediction = folder.prediction or prediction_of(inside, path, opened.global_step)
         opened.config = _config_of_folder(folder, opened.prediction[0])
     return opened
 
@@ -136,32 +129,26 @@ def _read_extra(opened: Opened) -> None:
     if TOKENS_KEY in extra.metadata:
         opened.added_tokens = _added_tokens(opened)
     opened.extras = Renamed(extra, {name: name for name in extra})
-    prefixes = PREFIXES["text", "openclip"], PREFIXES["text", "hf"]
     rest = {
         name: name.removeprefix(prefix)
-        for prefix in prefixes
+        for prefix in NETWORKS["text"].prefixes.values()
         for name in extra
-        if name.startswith(prefix) and not INSIDE.match(name)
+        if name.startswith(prefix) and not NEVER_RUN.match(name)
     }
     opened.text_rest = Renamed(extra, {ours: name for name, ours in rest.items()})
     account([name for name in extra if name not in rest], opened.contents, f"{EXTRA}/")
 
 
-def _agree(opened: Opened, name: str, said) -> None:
+def _agree(opened: Opened, name: str, declared) -> None:
     """A folder says everything twice, in its config.json files and in the checksummed metadata: they must agree."""
     part = opened.contents.parts[name]
-    same = said
-    if name == "text" and said is not None:  # diffusers holds neither the last block nor the projection
-        unshown = ("pad_id", "bos_id", "eos_id", "dialect", "unknown_id", "projection_dim")
-        same = replace(said, layers=said.layers - said.skip, skip=0)
-        same = replace(same, **{field: getattr(part.config, field) for field in unshown})
-    if name == "unet" and said is not None and said.plan() == part.config.plan():  # heads by number or by width
-        same = replace(said, num_heads=part.config.num_heads, head_width=part.config.head_width)
-    if same != part.config:
+    network = NETWORKS[name]
+    if declared is None or network.in_folder(declared, part.config) != part.config:
         raise CheckpointError(
-            f"{opened.path}: {SUBFOLDERS[name]}/config.json and the config in {EXTRA} disagree: {part.config} / {said}"
+            f"{opened.path}: {network.subfolder}/config.json and the config in {EXTRA} disagree: {part.config} / "
+            f"{declared}"
         )
-    part.config = said
+    part.config = declared
 
 
 def _config_of_folder(folder: Folder, prediction: Prediction | None) -> ModelConfig:
@@ -169,25 +156,21 @@ def _config_of_folder(folder: Folder, prediction: Prediction | None) -> ModelCon
     text = parts["text"].config if "text" in parts else None
     if text is not None and folder.pad_id is not None and text.vocab_size >= 49408:
         parts["text"].config = replace(text, pad_id=folder.pad_id)
-    config = family(folder.contents, prediction)
+    config = model_config(opened_configs(folder.contents), prediction)
     if folder.sample_size is not None:
         config = replace(config, image_size=folder.sample_size * config.vae.factor)
     return replace(config, schedule=folder.schedule or config.schedule)
 
 
-def family(found: Contents, prediction: Prediction | None) -> ModelConfig:
-    """The preset of these shapes and this prediction, or SD1's frame under the name "custom"."""
-    parts = {name: part.config for name, part in found.parts.items() if name in WHOLE}
-    candidates = [preset for preset in PRESETS.values() if preset.unet == parts["unet"]]
-    exact = next((preset for preset in candidates if preset.prediction == prediction), None)
-    preset = exact or (candidates[0] if candidates else replace(ModelConfig(), name="custom"))
-    return replace(preset, **parts, prediction=prediction or preset.prediction)
+def opened_configs(contents: Contents) -> dict:
+    """The configs of the networks that ModelConfig describes."""
+    return {name: part.config for name, part in contents.parts.items() if name in WHOLE}
 
 
 # ------------------------------------------------------------------------------------------------ what the metadata say
 
 
-def _stated(opened: Opened, config: ModelConfig | None) -> ModelConfig | None:
+def _declared(opened: Opened, config: ModelConfig | None) -> ModelConfig | None:
     """The config that was given, or minisd's own metadata, which say everything; with the prediction they state."""
     if config is not None:
         opened.prediction = config.prediction, "config= was given"

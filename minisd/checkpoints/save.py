@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,14 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from minisd.checkpoints.building import original_dialect
-from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER, SUBFOLDERS, WEIGHTS
-from minisd.checkpoints.diffusers_write import folder_files
+from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER
+from minisd.checkpoints.diffusers_write import folder_files, is_unclip
 from minisd.checkpoints.files import folded, save_safetensors
-from minisd.checkpoints.keymaps import KeyMap, give, keymap
+from minisd.checkpoints.keymaps import KeyMap, keymap, to_official
 from minisd.checkpoints.load import Checkpoint
-from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, PREFIXES, STEP_KEY, TOKENS_KEY
+from minisd.checkpoints.networks import NETWORKS
+from minisd.checkpoints.opening import CONFIG_KEY, EVIDENCE_KEY, STEP_KEY, TOKENS_KEY
 from minisd.config import PRESETS, ModelConfig
+from minisd.files import write_whole_folder
 
 Layout = Literal["ldm", "diffusers"]
 
@@ -64,32 +63,22 @@ def _save_file(checkpoint: Checkpoint, path: Path, fold: bool) -> list[str]:
 
 def ldm_tensors(name: str, network: nn.Module, keep: set[str] | None = None) -> dict[str, Tensor]:
     """A network's tensors under their names in the original's single files; only our names in `keep`, if given."""
-    dialect = original_dialect(name, network.config)
-    prefix = PREFIXES[name, dialect] if name == "text" else PREFIXES[name]
+    dialect = NETWORKS[name].single_file_dialect(network.config)
     names = keymap(network, dialect)
-    return {prefix + key: t for key, t in _given(network, names, keep).items()}
+    names = {ours: source for ours, source in names.items() if keep is None or ours in keep}
+    return {NETWORKS[name].prefixes[dialect] + key: tensor for key, tensor in _official_tensors(network, names).items()}
 
 
-def _given(network: nn.Module, names: KeyMap, keep: set[str] | None = None) -> dict[str, Tensor]:
-    chosen = {ours: source for ours, source in names.items() if keep is None or ours in keep}
-    return {key: tensor.detach() for key, tensor in give(network.state_dict(), chosen).items()}
+def _official_tensors(network: nn.Module, names: KeyMap) -> dict[str, Tensor]:
+    return {key: tensor.detach() for key, tensor in to_official(network.state_dict(), names).items()}
 
 
 def _save_folder(checkpoint: Checkpoint, path: Path) -> list[str]:
     """Everything into a folder beside, which is then renamed."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already and is not an empty folder: give a new name, or remove it first")
-    temporary = path.resolve().parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        temporary.mkdir()
-        extra = _write_folder(checkpoint, temporary)
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} (nothing was changed)", os.fspath(path)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    extra: list[str] = []
+    write_whole_folder(path, lambda folder: extra.extend(_write_folder(checkpoint, folder)))
     lines = [f"{path}: {len(checkpoint.networks)} networks, diffusers layout"]
     if extra:
         lines.append(f"{EXTRA} keeps {len(extra)} tensors that this layout cannot hold, first: {sorted(extra)[0]}")
@@ -98,33 +87,26 @@ def _save_folder(checkpoint: Checkpoint, path: Path) -> list[str]:
 
 def _write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
     extra = dict(checkpoint.extras)
-    for place, text in folder_files(checkpoint.config, checkpoint.added_tokens).items():
-        (folder / place).parent.mkdir(exist_ok=True)
-        (folder / place).write_text(text, encoding="utf-8")
+    for file, text in folder_files(checkpoint.config, checkpoint.added_tokens).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")
     for name, network in checkpoint.networks.items():
-        names = keymap(network, "hf" if name in ("text", "vision") else "diffusers")
-        if name == "text":
-            unheld = _not_in_diffusers(network, names)
-            extra |= ldm_tensors(name, network, keep=unheld) if unheld else {}
-            names = {ours: source for ours, source in names.items() if ours not in unheld}
-        path = folder / SUBFOLDERS[name] / f"{WEIGHTS[name]}.safetensors"
-        save_safetensors(path, _given(network, names), {"format": "pt"})
+        declared = NETWORKS[name]
+        names, unheld = keymap(network, declared.folder_dialect), declared.not_in_folder(network.config)
+        if rest := {ours for ours in names if ours.startswith(unheld)}:
+            extra |= ldm_tensors(name, network, keep=rest)
+        names = {ours: source for ours, source in names.items() if ours not in rest}
+        path = folder / declared.subfolder / f"{declared.weights}.safetensors"
+        save_safetensors(path, _official_tensors(network, names), {"format": "pt"})
     if normalizer := _normalizer(checkpoint.config, extra):
         save_safetensors(folder / NORMALIZER / "diffusion_pytorch_model.safetensors", normalizer, {"format": "pt"})
     save_safetensors(folder / EXTRA, extra, metadata(checkpoint))
     return list(extra)
 
 
-def _not_in_diffusers(text: nn.Module, names: KeyMap) -> set[str]:
-    """Ours of the text encoder that a CLIPTextModel of the layers that are run has no place for."""
-    run = text.config.layers - text.config.skip
-    unused = tuple(f"blocks.{i}." for i in range(run, text.config.layers))
-    return {ours for ours in names if ours.startswith((*unused, "projection"))}
-
-
 def _normalizer(config: ModelConfig, extra: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """unCLIP's statistics of image embeddings, 'mean' and 'std', each '1 e'. Those of the H model are 0 and 1."""
-    if config.vision is None or config.unet.vector_dim is None:
+    if not is_unclip(config):
         return None
     kept = [extra.get(f"noise_augmentor.data_{name}") for name in ("mean", "std")]
     if None not in kept:

@@ -11,14 +11,12 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from minisd import __version__
 from minisd.cli.help import formatter
+from minisd.tasks import TASKS
 
 # Named by import path: a command's module, and with it torch, is imported only when that command is asked for.
 COMMANDS = {
-    "generate:txt2img": "Draw pictures of one or several prompts.",
-    "generate:img2img": "Redraw a picture after a prompt.",
-    "generate:inpaint": "Repaint the part of a picture where a mask is white.",
-    "generate:outpaint": "Paint on beyond the edges of a picture.",
-    "replay:replay": "Make a picture again from what it says of itself, and compare.",
+    **{f"generate:{name}": (task.__doc__ or "").partition("\n")[0] for name, task in TASKS.items()},
+    "replay:replay": "Make an image again from what its PNG says of itself, and compare.",
     "files:inspect": "Say what a checkpoint is, what is in it, and what it needs to run.",
     "files:convert": "Rewrite a checkpoint in another layout or dtype.",
 }

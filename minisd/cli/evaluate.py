@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from minisd.cli.options import Model
 from minisd.cli.output import check_target
-from minisd.config import Settings
+from minisd.tasks import Txt2Img
 
 if TYPE_CHECKING:
     from minisd.eval.drawings import Drawings
-    from minisd.pipeline import StableDiffusion
+    from minisd.stable_diffusion import StableDiffusion
 
 FILES = ("eval.json", "eval.md", "prompts.png", "name_these.png", "name_these.txt")
 
@@ -48,15 +48,15 @@ def eval_mini(
         batch_size: pictures per call of the network.
         overwrite: replace these files.
     """
-    settings = Settings(steps=steps, sampler=sampler, guidance_scale=guidance_scale, batch_size=batch_size)
+    options = Txt2Img(steps=steps, sampler=sampler, guidance_scale=guidance_scale, batch_size=batch_size)
     for name in FILES:
         check_target(out / name, overwrite=overwrite)
     if not (data / "images.npy").is_file():
         raise ValueError(f"{data} is no data set of scripts/build_emoji.py (it has no images.npy): give --data FOLDER")
     from minisd.eval import mini, report
     from minisd.eval.features import CLIPFeatures
-    from minisd.pipeline import mini_model
-    from minisd.provenance.files import fingerprint, sha256, write_whole
+    from minisd.files import fingerprint, sha256, write_whole
+    from minisd.stable_diffusion import mini_model
 
     began, plan = time.monotonic(), mini.Plan(seed, concepts, pictures)
     sd = model.load_whole()
@@ -65,15 +65,15 @@ def eval_mini(
     space = CLIPFeatures.of(sd).name
     size = sd.config.image_size
     sets = mini.Sets(*(drawings(data, size, split) for split in ("train", "subject", "unseen")))
-    rows = mini.measure(sd, sets, plan, settings)
-    sheets = draw_sheets(sd, seed, settings)
+    rows = mini.measure(sd, sets, plan, options)
+    sheets = draw_sheets(sd, seed, options)
 
     result = {
         "model": sd.config.name,
         "checkpoint": {"file": checkpoint.name, "digest": digest, **_loaded(model)},
         "data": {"digest": sha256(data / "data.json"), **{name: len(some) for name, some in vars(sets).items()}},
         "feature_space": space,
-        "settings": asdict(settings),
+        "settings": asdict(options),
         "plan": asdict(plan),
         **report.machine(sd.device),
         "seconds": round(time.monotonic() - began, 1),
@@ -94,7 +94,7 @@ def eval_mini(
 
 def _loaded(model: Model) -> dict[str, str]:
     """What was not left to the file itself."""
-    from minisd.provenance.files import sha256
+    from minisd.files import sha256
 
     names = ("weights", "prediction", "vae", "dtype", "device")
     usual, given = asdict(Model()), {name: getattr(model, name) for name in names}
@@ -121,16 +121,16 @@ def drawings(folder: Path, size: int, split: str) -> Drawings:
     return Drawings(images, concepts, styles, tuple(words))
 
 
-def draw_sheets(sd: StableDiffusion, seed: int, settings: Settings) -> dict[str, Callable[[BinaryIO], None]]:
+def draw_sheets(sd: StableDiffusion, seed: int, options: Txt2Img) -> dict[str, Callable[[BinaryIO], None]]:
     """How to write the sheet of prompts, the sheet of nameless objects, and the key to that, by file name."""
     from minisd.eval.mini import draw
     from minisd.eval.sheets import COMMON, PROMPTS, captioned, shuffled
     from minisd.tasks.images import to_pil
 
-    prompts = captioned(to_pil(draw(sd, PROMPTS, seed, settings, progress="sheet of prompts")), PROMPTS, columns=8)
+    prompts = captioned(to_pil(draw(sd, PROMPTS, seed, options, progress="sheet of prompts")), PROMPTS, columns=8)
     hidden = shuffled(COMMON, seed)
     numbers = [str(i + 1) for i in range(len(hidden))]
-    objects = captioned(to_pil(draw(sd, hidden, seed, settings, progress="objects to name")), numbers, columns=5)
+    objects = captioned(to_pil(draw(sd, hidden, seed, options, progress="objects to name")), numbers, columns=5)
     key = "".join(f"{number}: {prompt}\n" for number, prompt in zip(numbers, hidden, strict=True))
     return {
         "prompts.png": lambda file: prompts.save(file, "PNG", optimize=True),

@@ -5,50 +5,50 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import Group, Parameter
 
-from minisd.cli.output import Output
-from minisd.config import Settings
-
 if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline import Network
     from minisd.provenance.call import LoadedModel
+    from minisd.stable_diffusion import StableDiffusion
 
-Sampled = Annotated[Settings, Parameter(name="*", group=Group("Sampling", sort_key=1))]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DType = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 
 
 @Parameter(name="*", group=Group("Model", sort_key=2))
 @dataclass(frozen=True)
 class Model:
-    """Which model, and how it is loaded.
+    """Which model draws, and how it is loaded.
 
     Attributes:
-        checkpoint: a .safetensors or .ckpt file or a diffusers folder; the mini model when left out.
-        weights: "ema" takes the separate EMA copy that full training files carry.
-        prediction: what the U-Net's output means, where the file does not tell.
-        vae: a file or folder whose VAE is taken instead.
-        dtype: of the weights; the file's own when left out (float16 becomes float32 on a CPU).
+        checkpoint: .safetensors or .ckpt file, or diffusers folder; the mini model when left out
+        weights: raw, or the separate EMA weights that full training checkpoints carry
+        prediction: prediction type of the U-Net (eps, v or x_0), where the file does not tell it
+        vae: file or folder of another VAE to decode with
+        dtype: precision of the weights; the file's own when left out (float16 becomes float32 on a CPU)
         device: cpu, cuda, cuda:1, mps …
-        offload: keep the networks in CPU memory and copy each to the device while it runs: slower, for a GPU on which
-            they do not fit together. It has not run on a GPU yet.
-        cuda_graph: record the step as a CUDA graph and replay it: the same pictures, sooner where launching is what
-            takes the time. It has not run on a GPU yet.
-        embedding: a textual-inversion file whose word prompts may then hold; TOKEN=FILE names the word. Any number.
-        lora: a LoRA file to merge into the weights; FILE:0.8 sets how strongly, 1 by default. Any number.
+        offload: sequential CPU offload, one network on the GPU at a time: slower, less memory (not run on a GPU yet)
+        cuda_graph: replay the denoising step as a CUDA graph: the same images, fewer launches (not run on a GPU yet)
+        embedding: textual-inversion embedding to load, FILE or TOKEN=FILE; may be repeated
+        lora: LoRA to merge into the weights, FILE or FILE:WEIGHT (1 by default); may be repeated
     """
 
     checkpoint: Path | None = None
     weights: Literal["raw", "ema"] = "raw"
     prediction: Literal["eps", "v", "x_0"] | None = None
     vae: Path | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: DType | None = None
     device: str = "cpu"
     offload: bool = False
     cuda_graph: bool = False
     embedding: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", DTYPES.get(self.dtype, self.dtype))
 
     def load(self) -> StableDiffusion:
         """The model; says in three lines on stderr what it is."""
@@ -66,13 +66,18 @@ class Model:
             device=self.device,
             offload=self.offload,
         )
-        sd.cuda_graph = self.cuda_graph
         print("\n".join(sd.report[:3]), file=sys.stderr)
         for path, token in self.embeddings():
             print(f"{path}: adds {', '.join(sd.load_embedding(path, token))}", file=sys.stderr)
         for path, weight in self.loras():
             print(f"{path}: {len(sd.load_lora(path, weight))} layers changed, weight {weight:g}", file=sys.stderr)
         return sd
+
+    def network(self, sd: StableDiffusion) -> Network | None:
+        """What a task takes as its network: the U-Net's own when None."""
+        from minisd.runtime.cuda_graph import CUDAGraph
+
+        return CUDAGraph(sd.unet) if self.cuda_graph else None
 
     def load_whole(self) -> StableDiffusion:
         """The model for what uses several networks at once; ValueError with offload."""
@@ -111,16 +116,18 @@ class Model:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise ValueError(f"the device {self.device} cannot be used ({reason}): try --device cpu") from error
+        if self.cuda_graph and self.offload:
+            raise ValueError("a CUDA graph holds the addresses of weights, which offload changes: choose one of them")
         if self.cuda_graph:
             cuda_graph.check_device(device)
         if self.offload:
             offload.check_device(device)
 
     def record(self, folder: Path) -> LoadedModel:
-        """How a picture in this folder remembers the model."""
-        from minisd.pipeline import mini_model
-        from minisd.provenance.call import Embedding, LoadedModel, Lora
+        """How an image in this folder remembers the model."""
+        from minisd.provenance.call import EmbeddingFile, LoadedModel, LoraFile
         from minisd.provenance.files import remember_checkpoint, remember_input
+        from minisd.stable_diffusion import mini_model
 
         return LoadedModel(
             remember_checkpoint(self.checkpoint or mini_model(), folder),
@@ -129,8 +136,8 @@ class Model:
             prediction=self.prediction,
             dtype=self.dtype,
             device=self.device,
-            embeddings=tuple(Embedding(remember_input(path, folder), token) for path, token in self.embeddings()),
-            loras=tuple(Lora(remember_input(path, folder), weight) for path, weight in self.loras()),
+            embeddings=tuple(EmbeddingFile(remember_input(path, folder), token) for path, token in self.embeddings()),
+            loras=tuple(LoraFile(remember_input(path, folder), weight) for path, weight in self.loras()),
         )
 
 
@@ -149,13 +156,3 @@ def _file_and_weight(text: str) -> tuple[Path, float]:
         return Path(file), float(number)
     except ValueError:
         return Path(text), 1.0  # a drive of Windows, or a name that is not there
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Common:
-    """What every command takes that makes pictures."""
-
-    settings: Sampled = Settings()
-    model: Model = Model()
-    output: Output = Output()  # noqa: RUF009

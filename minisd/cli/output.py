@@ -7,7 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from minisd.tasks import Sampling, Step
+    from minisd.diffusion.samplers import Step
+    from minisd.tasks.sampling import Sampling
 
 
 @Parameter(name="*", group=Group("Output", sort_key=3))
 @dataclass(frozen=True)
 class Output:
-    """Where pictures go.
+    """Where images go.
 
     Attributes:
-        out: a .png file, numbered where there are several pictures, or a folder. Nothing is overwritten.
-        overwrite: replace files of the same name.
-        grid: also a sheet of all pictures, as this .png file.
-        trajectory: also the strip of what the model believed the first picture to be, step by step, as this .png file.
-        preview: keep this .png file showing what is coming, every few seconds of a long run.
+        out: .png file (numbered where there are several images) or folder; nothing is overwritten
+        overwrite: replace files of the same name
+        grid: also save a grid of all images, as this .png file
+        trajectory: also save the predicted x_0 of the first image at about ten steps, as this .png file
+        preview: keep this .png file showing the predicted image while sampling, refreshed every few seconds
     """
 
-    out: Path = Path("outputs")
+    out: Annotated[Path, Parameter(alias="-o")] = Path("outputs")
     overwrite: bool = False
     grid: Path | None = None
     trajectory: Path | None = None
@@ -124,7 +125,7 @@ class Strip:
 
 def save_sheet(path: Path, images: Sequence[Image.Image], columns: int | None = None) -> None:
     """All pictures on one, about square unless columns are given."""
-    from minisd.provenance.files import write_whole
+    from minisd.files import write_whole
     from minisd.tasks.images import grid
 
     sheet = grid(images, columns)

@@ -20,7 +20,7 @@ from minisd.cli.training import Settings
 from minisd.training.options import Run, changed, read_changes
 
 if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
+    from minisd.stable_diffusion import StableDiffusion
     from minisd.training.subject.recipe import Scores
 
 
@@ -170,8 +170,8 @@ def personalise(
     Model(device=run.device).check()
     changes = {**changes, "subject": subject}
     import minisd
-    from minisd.pipeline import mini_model
-    from minisd.provenance.files import write_whole
+    from minisd.files import write_whole
+    from minisd.stable_diffusion import mini_model
     from minisd.training.parallel import processes
     from minisd.training.subject.photos import load_photos
     from minisd.training.subject.small import for_small_model, is_small
@@ -286,7 +286,7 @@ def _path(text: str | None) -> Path | None:
 
 
 def _hashes(photos: Path, checkpoint: Path) -> dict[str, str]:
-    from minisd.provenance.files import fingerprint, sha256
+    from minisd.files import fingerprint, sha256
     from minisd.training.subject.photos import photo_paths
 
     return {"checkpoint": fingerprint(checkpoint)} | {path.name: sha256(path) for path in photo_paths(photos)}

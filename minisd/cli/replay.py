@@ -75,7 +75,7 @@ def draw_again(model: Model, call: Call, index: int, inputs: dict[str, Path]) ->
     else:
         warnings.warn(f"the picture was made on {call.threads} threads, which are not here", stacklevel=2)
     batch, place = call.batch(index)
-    for sampling in samplings(model.load(), batch, inputs):
+    for sampling in samplings(model.load(), batch, inputs, None):
         for _ in progress(sampling):
             pass
         if not sampling.is_draft:
@@ -103,7 +103,8 @@ def _model(recorded: LoadedModel, folder: Path, checkpoint: Path | None, vae: Pa
 
 def _weights(file: File, folder: Path, given: Path | None, option: str) -> Path:
     """Where the weights lie now; a note if they are not those of the record."""
-    from minisd.provenance.files import find, fingerprint
+    from minisd.files import fingerprint
+    from minisd.provenance.files import find
 
     path = given or find(file, folder)
     if path is None:

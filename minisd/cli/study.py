@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from minisd.cli.options import Model, Sampled
+from minisd.cli.generate import with_options
+from minisd.cli.options import Model
 from minisd.cli.output import check_target, progress
-from minisd.config import Settings
+from minisd.tasks import Options, Txt2Img
 
-if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
-    from minisd.tasks import Sampling
+ONE_IMAGE = {"num_images", "batch_size"}  # what a figure of one image has no use for
+DRAWN = ("height", "width", *(name for name in Options.__annotations__ if name != "name" and name not in ONE_IMAGE))
 
 
 def plot_schedules(*names: str, out: Path = Path("schedules.png")) -> None:
@@ -51,14 +51,12 @@ def plot_noising(
     print(draw(load_image(image), out, schedules or ("linear", "cosine"), steps=steps))
 
 
+@with_options(Txt2Img, *DRAWN)
 def plot_trajectory(
     prompt: str,
     *,
-    seed: int = 0,
-    height: int | None = None,
-    width: int | None = None,
+    options: Txt2Img,
     panels: int = 10,
-    settings: Sampled = Settings(),
     model: Model = Model(),
     out: Path = Path("trajectory.png"),
 ) -> None:
@@ -66,27 +64,22 @@ def plot_trajectory(
 
     Args:
         prompt: text prompt
-        seed: seed of the starting noise
-        height: height of the image in pixels; the model's own size when left out
-        width: width of the image in pixels; the model's own size when left out
         panels: steps shown, evenly spaced, the first and the last included
         out: figure to write, as .png, .svg or .pdf
     """
     from minisd.plots import plot_trajectory as draw
 
     check_figure(out)
-    sampling = _sampling(model.load(), prompt, seed, height, width, settings)
+    (sampling,) = options.samplings(model.load(), prompt)
     frames = [(float(step.t), sampling.preview(step)[0]) for step in progress(sampling)]
     print(draw(frames, out, panels=panels))
 
 
+@with_options(Txt2Img, *DRAWN)
 def plot_attention(
     prompt: str,
     *,
-    seed: int = 0,
-    height: int | None = None,
-    width: int | None = None,
-    settings: Sampled = Settings(),
+    options: Txt2Img,
     model: Model = Model(),
     out: Path = Path("attention.png"),
 ) -> None:
@@ -94,22 +87,19 @@ def plot_attention(
 
     Args:
         prompt: text prompt
-        seed: seed of the starting noise
-        height: height of the image in pixels; the model's own size when left out
-        width: width of the image in pixels; the model's own size when left out
         out: figure to write, as .png, .svg or .pdf
     """
-    from minisd.models.attention_maps import AttentionMaps, prompt_words
     from minisd.plots import plot_attention as draw
+    from minisd.plots.attention_maps import AttentionMaps, prompt_words
     from minisd.text.prompts import chunk_prompt
 
     check_figure(out)
     sd = model.load()
-    sampling = _sampling(sd, prompt, seed, height, width, settings)
+    (sampling,) = options.samplings(sd, prompt)
     with AttentionMaps(sd.unet) as maps:
         for _ in progress(sampling):
             pass
-    ids = [i for chunk in chunk_prompt(sd.tokenizer, prompt, settings.convention) for i in chunk.ids]
+    ids = [i for chunk in chunk_prompt(sd.tokenizer, prompt, options.prompt_syntax) for i in chunk.ids]
     print(draw(maps.mean()[0], prompt_words(sd.tokenizer, ids), sampling.images()[0], out))
 
 
@@ -122,12 +112,3 @@ def check_figure(out: Path) -> None:
     new_figure(1, 1)  # ImportError without matplotlib
     check_target(out, overwrite=None)
     out.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _sampling(
-    sd: StableDiffusion, prompt: str, seed: int, height: int | None, width: int | None, settings: Settings
-) -> Sampling:
-    from minisd.tasks import txt2img
-
-    (sampling,) = txt2img(sd, prompt, seed=seed, height=height, width=width, settings=settings)
-    return sampling

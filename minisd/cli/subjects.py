@@ -45,7 +45,7 @@ def eval_subjects(
     from minisd.eval.features import CLIPFeatures
     from minisd.eval.report import machine
     from minisd.eval.subject import SubjectJudge
-    from minisd.provenance.files import write_whole
+    from minisd.files import write_whole
     from minisd.training.options import Run
     from minisd.training.recipes.mini import has_bfloat16
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from minisd.diffusion.gaussian import Chain, FixedVariance, p_mean_variance
-from minisd.diffusion.prediction import Model, as_prediction
-from minisd.diffusion.schedule import Prediction, Schedule, Time, expand, weighted_sum
+from minisd.diffusion.prediction import Model, Prediction, as_prediction
+from minisd.diffusion.schedule import Schedule, Time, expand, weighted_sum
 
 Cond = TypeVar("Cond", bound="Joinable")
 
@@ -30,13 +30,15 @@ def guided(
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
     joined: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[Tensor, Time], Tensor]:
     """The network (x_t, t, cond) as (x_t, t), guided without a classifier (Ho & Salimans 2022, eq. 6; scale is w + 1).
 
     out = out_u + scale (out_c - out_u). uncond is the empty or the negative prompt. scale: one number or one per image;
     1 is the conditional network alone, at half the price, and needs no uncond. interval: guide only where lo <= t <= hi
     (Kynkäänniemi et al. 2024), elsewhere scale is 1. rescale: see `rescaled`. joined: one call with a batch of both,
-    or two calls, which need less memory and let the contexts differ in length.
+    or two calls, which need less memory and let the contexts differ in length. dtype: in which the network is given
+    x_t; the result has x_t's own.
 
     ε, x_0 and v are the same affine functions of one another for either condition, so guiding one guides all; rescale
     alone depends on which of them the network returns, and acts on that, as its authors do.
@@ -53,17 +55,18 @@ def guided(
 
     def model(x_t: Tensor, t: Time) -> Tensor:
         w = scale if interval is None else torch.where(_within(t, interval), scale, 1.0)
+        x = x_t if dtype is None else x_t.to(dtype)
         if (w == 1).all():
-            return network(x_t, t, cond)
+            return network(x, t, cond).to(x_t.dtype)
         if joined:
             t_both = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-            out_u, out_c = network(torch.cat([x_t, x_t]), t_both, both).chunk(2)
+            out_u, out_c = network(torch.cat([x, x]), t_both, both).chunk(2)
         else:
-            out_u, out_c = network(x_t, t, uncond), network(x_t, t, cond)
+            out_u, out_c = network(x, t, uncond), network(x, t, cond)
         # Half-precision outputs are contrasted in float32: scale would multiply the rounding of their difference.
         wide = torch.promote_types(out_c.dtype, torch.float32)
         out = out_u.to(wide) + expand(w, out_c) * (out_c.to(wide) - out_u.to(wide))
-        return (rescaled(out, out_c.to(wide), rescale) if rescale else out).to(out_c.dtype)
+        return (rescaled(out, out_c.to(wide), rescale) if rescale else out).to(x_t.dtype)
 
     return model
 

@@ -6,7 +6,6 @@ linear between neighbouring steps. x_t is always variance preserving, x_t = √�
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -141,21 +140,6 @@ class Schedule:
                 "use a network that predicts v or x_0, or a schedule without zero terminal SNR"
             )
         return abar
-
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """A model's view of x_t: its noise and its clean image, two sides of x_t = √ᾱ x_0 + √(1-ᾱ) ε.
-
-    eps, x_0: 'b c h w'. log_variance: of p(x_{t-1} | x_t), 'b c h w', where the network learns it.
-    mean: of p(x_{t-1} | x_t), where it is not the posterior's at x_0 (a network that predicts x_{t-1}; classifier
-    guidance). Only ddpm and the variational bound look at these two.
-    """
-
-    eps: Tensor
-    x_0: Tensor
-    log_variance: Tensor | None = None
-    mean: Tensor | None = None
 
 
 def weighted_sum(*terms: Tensor) -> Tensor:

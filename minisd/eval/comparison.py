@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
-from minisd.config import Settings
-from minisd.eval.features import network_digest
+from minisd.checkpoints.digests import network_digest
 from minisd.eval.sheets import captioned
-from minisd.pipeline import StableDiffusion
-from minisd.provenance.files import write_whole
+from minisd.files import write_whole
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 from minisd.training.captions import with_article
 from minisd.training.options import Run
 from minisd.training.parallel import Processes
@@ -73,7 +73,7 @@ class Comparison:
     seeds: int = 4
     class_pictures: int = 16
     views: int = 4
-    settings: Settings = field(default_factory=lambda: Settings(steps=25, guidance_scale=5.0, batch_size=8))
+    settings: Txt2Img = field(default_factory=lambda: Txt2Img(steps=25, guidance_scale=5.0, batch_size=8))
     precision: Literal["float32", "bfloat16"] = "float32"
     class_prior: int = 64
     train_steps: int | None = None
@@ -165,8 +165,8 @@ def compare(
     def drawn(model: StableDiffusion, phrase: str) -> tuple[list, list, list]:
         prompts = [prompt.replace("{}", phrase) for prompt in plan.prompts]
         shown = [prompt.replace("{}", class_word) for prompt in plan.prompts for _ in range(plan.seeds)]
-        images = model.txt2img(prompts, num_images=plan.seeds, seed=0, settings=plan.settings)
-        of_class = model.txt2img(named, num_images=plan.class_pictures, seed=1000, settings=plan.settings)
+        images = model.txt2img(prompts, **vars(replace(plan.settings, num_images=plan.seeds)))
+        of_class = model.txt2img(named, **vars(replace(plan.settings, num_images=plan.class_pictures, seed=1000)))
         return images, shown, of_class
 
     def learnt(config) -> Callable[[Path], tuple[list, list, list]]:

@@ -6,7 +6,6 @@ point is lost or won by that alone), so every space has a `name` that states bot
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -18,17 +17,17 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import CheckpointError, open_tensors
 from minisd.family import dino
 from minisd.family.dino import DINO
 from minisd.models import clip
 from minisd.models.clip import CLIPText, CLIPVision
-from minisd.runtime.tuning import forget_file_pages
 from minisd.tasks.images import to_tensor
 from minisd.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
+    from minisd.stable_diffusion import StableDiffusion
 
 Images = Tensor | Sequence[Image]  # 'b 3 h w' in [-1, 1], or uint8 0…255, or PIL pictures of any sizes
 Interpolation = Literal["bicubic", "bilinear"]
@@ -188,16 +187,6 @@ def checked(features: Tensor, source: str) -> Tensor:
         bad = int((~features.isfinite().all(-1)).sum())
         raise ValueError(f"{bad} of {len(features)} features of {source} are NaN or infinite: the weights are damaged")
     return features
-
-
-def network_digest(network: nn.Module) -> str:
-    """16 hex digits of the SHA-256 of a network's names, shapes and float32 weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        forget_file_pages(tensor)  # all of a mapped file has been read now, and not all of it is needed
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

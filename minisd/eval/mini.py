@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -19,8 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import tasks
-from minisd.config import Settings, VAEConfig
+from minisd.config import VAEConfig
 from minisd.diffusion.samplers import get_sampler
 from minisd.eval.drawings import Drawings, evenly
 from minisd.eval.features import CLIPFeatures, cosine, in_range
@@ -28,8 +27,9 @@ from minisd.eval.frechet import frechet_distance
 from minisd.eval.intervals import Interval, bootstrap
 from minisd.eval.reconstruction import psnr, quantized, ssim
 from minisd.eval.retrieval import chance, found, thumbnails
-from minisd.pipeline import StableDiffusion
-from minisd.tasks.latents import decode_latents, encode_picture
+from minisd.models.latents import decode_latents, encode_image
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 
 NEAREST = "right concept in the nearest 10"
 
@@ -95,7 +95,7 @@ class Sets:
         yield f"{self.unseen.styles[0]}, an unseen vendor", self.unseen
 
 
-def measure(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) -> list[Row]:
+def measure(sd: StableDiffusion, sets: Sets, plan: Plan, options: Txt2Img) -> list[Row]:
     """All measures in the order of the data, with bars on stderr. ValueError before the first for a model unfit."""
     clip = CLIPFeatures.of(sd)
     size = sd.config.image_size
@@ -103,15 +103,15 @@ def measure(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) -> 
         if tuple(drawings.images.shape[-2:]) != (size, size):
             height, width = drawings.images.shape[-2:]
             raise ValueError(f"the {name} have {height}×{width} pixels, {sd.config.name} draws {size}: make them equal")
-    sd.check_plain("txt2img")
-    get_sampler(settings.sampler)
+    sd.check_task("eval mini", "text-to-image")
+    get_sampler(options.sampler)
     rows = [*reconstruction(sd, sets, plan)]
     seen = [clip.images(drawings.images, progress=f"CLIP, {name}") for name, drawings in sets]
     return [
         *rows,
         *retrieval(clip, sets, seen),
-        *generation(sd, sets, plan, settings),
-        *distances(sd, clip, sets, seen, plan, settings),
+        *generation(sd, sets, plan, options),
+        *distances(sd, clip, sets, seen, plan, options),
     ]
 
 
@@ -140,7 +140,7 @@ def reconstruction(sd: StableDiffusion, sets: Sets, plan: Plan) -> Iterator[Row]
 
 def reconstructed(sd: StableDiffusion, images: Tensor) -> Tensor:
     """Pictures 'b 3 h w' in [-1, 1] to the mean of their latents and back, not clamped."""
-    return decode_latents(sd.vae, encode_picture(sd.vae, images).mean)
+    return decode_latents(sd.vae, encode_image(sd.vae, images).mean)
 
 
 def equal_side(vae: VAEConfig, size: int) -> int:
@@ -188,7 +188,7 @@ def retrieval(clip: CLIPFeatures, sets: Sets, seen: Sequence[Tensor]) -> Iterato
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def generation(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) -> Iterator[Row]:
+def generation(sd: StableDiffusion, sets: Sets, plan: Plan, options: Txt2Img) -> Iterator[Row]:
     """Is the right concept among a drawn picture's 10 nearest in the gallery of all training drawings.
 
     Nearest by `thumbnails`, which no network has a part in. Evenly spaced concepts, the styles in turn; the same
@@ -204,7 +204,7 @@ def generation(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) 
     for styled in (True, False):
         named = [f", {styles[i % len(styles)]} style" if styled else "" for i in range(len(concepts))]
         prompts = [words[concept] + style for concept, style in zip(concepts, named, strict=True)]
-        images = draw(sd, prompts, plan.seed, settings, progress="judged pictures")
+        images = draw(sd, prompts, plan.seed, options, progress="judged pictures")
         hits = found(thumbnails(in_range(images)) @ gallery.T, train.is_of(concepts), 10)
         of = f"drawn by prompts {'with' if styled else 'without'} a style, among {len(train)} training drawings"
         yield Row.mean(NEAREST, of, hits, unit="%", asked=0.8 if styled else None)
@@ -226,7 +226,7 @@ def judged(queries: Drawings, gallery: Drawings, k: int = 10) -> Tensor:
 
 
 def distances(
-    sd: StableDiffusion, clip: CLIPFeatures, sets: Sets, seen: Sequence[Tensor], plan: Plan, settings: Settings
+    sd: StableDiffusion, clip: CLIPFeatures, sets: Sets, seen: Sequence[Tensor], plan: Plan, options: Txt2Img
 ) -> Iterator[Row]:
     """Fréchet distances in the space of `clip`, between sets of equal size and a whole reference.
 
@@ -236,7 +236,7 @@ def distances(
     _, train, unseen = seen
     n = min(plan.pictures, len(train) // 2, len(unseen))
     captions = sets.train.subset(evenly(len(train), n)).captions()
-    images = draw(sd, captions, plan.seed, settings, progress="pictures for the distance")
+    images = draw(sd, captions, plan.seed, options, progress="pictures for the distance")
     drawn = clip.images(images, progress="CLIP, drawn pictures")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(plan.seed))
     real, rest, other = train[order[:n]], train[order[n:]], unseen[evenly(len(unseen), n)]
@@ -253,12 +253,12 @@ def distances(
 
 
 def draw(
-    sd: StableDiffusion, prompts: Sequence[str], seed: int, settings: Settings, *, progress: str = "pictures"
+    sd: StableDiffusion, prompts: Sequence[str], seed: int, options: Txt2Img, *, progress: str = "pictures"
 ) -> Tensor:
     """A picture of each prompt, uint8 'n 3 h w'; that of prompt i has the seed `seed + i`."""
     images: list[Image] = []
     with tqdm(total=len(prompts), desc=progress, unit="picture") as bar:
-        for sampling in tasks.txt2img(sd, list(prompts), seed=seed, settings=settings):
+        for sampling in replace(options, seed=seed).samplings(sd, list(prompts)):
             images += sampling.images()
             bar.update(len(images) - bar.n)
     return torch.stack([rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w") for image in images])

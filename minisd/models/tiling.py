@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from minisd.config import VAEConfig
 from minisd.models.vae import VAE, DiagonalGaussian, check_sides
-from minisd.nn.blocks import Downsample, ResBlock, Upsample
-from minisd.runtime.conv3x3 import conv3x3
+from minisd.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample
 
 
 @torch.no_grad()
@@ -113,10 +112,9 @@ def downsample(layer: Downsample, stripes: Iterable[Tensor]) -> Iterator[Tensor]
         yield layer.conv(F.pad(window, (0, 1)))
 
 
-def convolve(conv: nn.Conv2d, stripes: Iterable[Tensor]) -> Iterator[Tensor]:
-    """A 3×3 convolution with padding 1."""
+def convolve(conv: Conv3x3, stripes: Iterable[Tensor]) -> Iterator[Tensor]:
     for window in with_halo(stripes):
-        yield conv3x3(window, conv.weight, conv.bias, padding=(0, 1))
+        yield conv.convolve(window, padding=(0, 1))
 
 
 def with_halo(stripes: Iterable[Tensor], *, above: bool = True) -> Iterator[Tensor]:

@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisd.nn.recomputed import recomputed
-from minisd.runtime.conv3x3 import Conv3x3
-
 
 class ResBlock(nn.Module):
     """norm-silu-conv twice, round a skip: x + conv2(silu(norm2(conv1(silu(norm1(x))) + emb))).
@@ -38,15 +35,25 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x 'b c h w', emb 'b e' → 'b c h w'. A hook that keeps the output of a norm or convolution sees it change."""
         # in place, where nothing else reads what is overwritten: at large sizes a new tensor costs more than the sum
-        h = self.conv1(recomputed(norm_silu, self.norm1, x))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.emb is not None:
             h += self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(recomputed(norm_silu, self.norm2, h))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(self.skip(x))
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return F.silu(norm(x), inplace=True)
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution of stride 1 and padding 1."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, padding=(1, 1))
+
+    def convolve(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        """With other padding (above and below, left and right): VAE tiling brings a tile's neighbouring rows along."""
+        return F.conv2d(x, self.weight, self.bias, padding=padding)
 
 
 class Downsample(nn.Module):

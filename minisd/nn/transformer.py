@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.nn.attention import Attention
-from minisd.nn.recomputed import recomputed
 
 
 class SpatialTransformer(nn.Module):
@@ -83,12 +81,7 @@ class TransformerBlock(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): the first half of the projection is the value, the second, through GELU, its gate.
-
-    tokens: how many are taken at a time where nothing is learnt; None, all. The result is the same to rounding.
-    """
-
-    tokens: int | None = None
+    """GEGLU (Shazeer 2020): the first half of the projection is the value, the second, through GELU, its gate."""
 
     def __init__(self, width: int, *, mult: int = 4):
         super().__init__()
@@ -97,17 +90,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """'b n c' → 'b n c'."""
-        if self.tokens is None or torch.is_grad_enabled():
-            return self.gated(x)
-        return torch.cat([self.gated(tokens) for tokens in x.flatten(0, -2).split(self.tokens)]).view_as(x)
-
-    def gated(self, x: Tensor) -> Tensor:
-        return self.proj_out(recomputed(geglu, self.proj_in(x)))
-
-
-def geglu(x: Tensor) -> Tensor:
-    value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
 
 
 class PointwiseConv(nn.Conv2d):

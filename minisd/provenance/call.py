@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from minisd import __version__
-from minisd.config import Prediction, Settings, from_dict
-from minisd.provenance.arguments import TASKS, Arguments
+from minisd.config import Prediction, from_dict
+from minisd.tasks import TASKS, Options
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Embedding:
+class EmbeddingFile:
     """A textual-inversion file, and the token it was given; None is the file's own."""
 
     file: File
@@ -28,7 +28,7 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraFile:
     """A LoRA file, and the weight it was merged at."""
 
     file: File
@@ -45,8 +45,8 @@ class LoadedModel:
     prediction: Prediction | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "cpu"
-    embeddings: tuple[Embedding, ...] = ()
-    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[EmbeddingFile, ...] = ()
+    loras: tuple[LoraFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,8 @@ class Call:
     threads: of the CPU; on their number, and on torch's version, the last bit of a picture may depend.
     """
 
-    arguments: Arguments
+    options: Options
     prompts: list[str]
-    settings: Settings
     model: LoadedModel
     inputs: dict[str, File] = field(default_factory=dict)
     threads: int = 0
@@ -67,24 +66,30 @@ class Call:
 
     def __len__(self) -> int:
         """How many pictures it makes."""
-        return len(self.prompts) * self.arguments.num_images
+        return len(self.prompts) * self.options.num_images
 
     def batch(self, index: int) -> tuple[Call, int]:
         """The call of just the batch that picture `index` is in, and its place there: the same work, bit for bit."""
-        start, count = index - index % self.settings.batch_size, self.arguments.num_images
-        places = range(start, min(start + self.settings.batch_size, len(self)))
-        varied = getattr(self.arguments, "variation_seed", None) is not None
-        counting = "variation_seed" if varied else "seed"  # the one that goes up from picture to picture
-        seed = getattr(self.arguments, counting) + start
-        arguments = replace(self.arguments, num_images=1, **{counting: seed})
-        return replace(self, prompts=[self.prompts[i // count] for i in places], arguments=arguments), index - start
+        size, count = self.options.batch_size, self.options.num_images
+        start = index - index % size
+        places = range(start, min(start + size, len(self)))
+        counting = "variation_seed" if self._varied else "seed"  # the one that goes up from image to image
+        options = replace(self.options, num_images=1, **{counting: getattr(self.options, counting) + start})
+        return replace(self, prompts=[self.prompts[i // count] for i in places], options=options), index - start
+
+    @property
+    def _varied(self) -> bool:
+        """Whether all images start from one seed, as variations of it do."""
+        return getattr(self.options, "variation_seed", None) is not None
+
+    def seed(self, index: int) -> int:
+        """Of one of its images."""
+        return self.options.seed + (0 if self._varied else index)
 
 
 def to_json(call: Call, index: int) -> str:
-    """The record of one picture of a call."""
-    varied = getattr(call.arguments, "variation_seed", None) is not None  # then all start from one seed
-    seed = call.arguments.seed + (0 if varied else index)
-    return json.dumps({"task": call.arguments.task, "index": index, "seed": seed} | asdict(call))
+    """The record of one image of a call."""
+    return json.dumps({"task": call.options.name, "index": index, "seed": call.seed(index)} | asdict(call))
 
 
 def from_json(text: str) -> tuple[Call, int]:
@@ -97,20 +102,34 @@ def from_json(text: str) -> tuple[Call, int]:
         if not all(type(number) is int for number in (index, values["threads"])):
             raise ValueError("index and threads must be whole numbers")
         call = Call(
-            from_dict(task, values["arguments"]),
+            from_dict(task, values["options"] if "options" in values else _older(values)),
             prompts,
-            from_dict(Settings, values["settings"]),
             from_dict(LoadedModel, values["model"]),
-            {name: from_dict(File, values["inputs"][name]) for name in task.inputs},
+            {name: from_dict(File, values["inputs"][name]) for name in task.images()},
             values["threads"],
             str(values["torch"]),
             str(values["version"]),
         )
-        call.arguments.check()
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"its record of how it was made cannot be read: {reason}") from error
-    count = len(call.prompts) * call.arguments.num_images  # len(call) itself must fit a machine's word
+    count = len(call.prompts) * call.options.num_images  # len(call) itself must fit a machine's word
     if not 0 <= index < count:
         raise ValueError(f"its record speaks of picture {index} of a call that makes {count}")
     return call, index
+
+
+RENAMED = {  # options by the names that they had when records held them in two groups
+    "convention": "prompt_syntax",
+    "two_pass": "hires_fix",
+    "tile": "vae_tiling",
+    "variation": "variation_strength",
+}
+
+
+def _older(values: dict) -> dict:
+    """The options of a record that was written before they were one group."""
+    options = {RENAMED.get(name, name): v for name, v in {**values["arguments"], **values["settings"]}.items()}
+    if not options.get("eta"):  # then 0 stood for the sampler's own
+        options["eta"] = None
+    return options

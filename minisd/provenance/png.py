@@ -6,23 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minisd.files import write_whole
 from minisd.provenance.call import Call, File, from_json, to_json
-from minisd.provenance.files import write_whole
+from minisd.tasks import Txt2Img
+from minisd.tasks.sampler_names import a1111_name
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CHUNK = "minisd"
-SAMPLER_NAMES = {  # ours → A1111's, which other programs look for
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "dpmpp_2m": "DPM++ 2M",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "lms": "LMS",
-    "plms": "PLMS",
-}
 
 
 def save_png(path: Path, image: Image.Image, call: Call, index: int) -> None:
@@ -58,27 +50,29 @@ def read_png(path: Path) -> tuple[Call, int]:
 
 def parameters_text(call: Call, index: int, size: tuple[int, int]) -> str:
     """What AUTOMATIC1111's web page writes into its PNGs and other programs read: prompts, then `Key: value, …`."""
-    settings, arguments = call.settings, call.arguments
+    options = call.options
+    name, _, own = str(options.sampler).partition(":")
     values = {
-        "Steps": settings.steps,
-        "Sampler": SAMPLER_NAMES.get(settings.sampler, settings.sampler),
-        "Schedule type": "Karras" if settings.spacing == "karras" else None,
-        "CFG scale": settings.guidance_scale,
-        "Seed": arguments.seed + index,
+        "Steps": options.steps,
+        "Sampler": a1111_name(name),
+        "Sampler options": own or None,
+        "Schedule type": "Karras" if options.spacing == "karras" else None,
+        "CFG scale": options.guidance_scale,
+        "Seed": call.seed(index),
         "Size": "{}x{}".format(*size),
         "Model": _stem(call.model.checkpoint),
-        "Denoising strength": getattr(arguments, "strength", None),
-        "Clip skip": None if settings.clip_skip is None else settings.clip_skip + 1,
+        "Denoising strength": getattr(options, "strength", None),
+        "Clip skip": None if options.clip_skip is None else options.clip_skip + 1,
         "TI hashes": ", ".join(f"{_stem(e.file)}: {e.file.digest[7:19]}" for e in call.model.embeddings) or None,
         "Version": f"minisd {call.version}",
     }
-    if getattr(arguments, "variation_seed", None) is not None:
-        values["Seed"] = arguments.seed
-        values |= {"Variation seed": arguments.variation_seed + index, "Variation seed strength": arguments.variation}
-    negative = [f"Negative prompt: {arguments.negative_prompt}"] if arguments.negative_prompt else []
+    if isinstance(options, Txt2Img) and options.variation_seed is not None:
+        values["Variation seed"] = options.variation_seed + index
+        values["Variation seed strength"] = options.variation_strength
+    negative = [f"Negative prompt: {options.negative_prompt}"] if options.negative_prompt else []
     listed = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value is not None)
     loras = (f"<lora:{_stem(lora.file)}:{lora.weight:g}>" for lora in call.model.loras)  # A1111 has them in the prompt
-    return "\n".join([" ".join([call.prompts[index // arguments.num_images], *loras]), *negative, listed])
+    return "\n".join([" ".join([call.prompts[index // options.num_images], *loras]), *negative, listed])
 
 
 def _quoted(text: str) -> str:

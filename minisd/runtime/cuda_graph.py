@@ -13,30 +13,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minisd.models.unet import Conditioning
+from minisd.models.unet import Conditioning, UNet
 
 # Runs a function of nothing, records what the device did, and returns what does it again, and the result to be filled.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
-class Graphed:
-    """run(x_t, t, cond) recorded at its first call with arguments of these shapes and dtypes, and replayed afterwards.
+class CUDAGraph:
+    """unet(x_t, t, cond) recorded at its first call with arguments of these shapes and dtypes, and replayed afterwards.
 
-    run: computes with `network`, from its arguments alone. Every call copies its arguments to where the recording reads
-    them; t and residuals may differ at every step, and so may cond, which is copied only where it is another object.
-    Without gradients. The recording holds the addresses of the weights: make a new one where weights or layers were
-    replaced. ValueError off CUDA, and for a network that Python code looks into while it runs, which a replay does not.
+    It is a `network=` for every task. Each call copies its arguments to where the recording reads them; t and residuals
+    may differ at every step, and so may cond, which is copied only where it is another object. Without gradients. The
+    recording holds the addresses of the weights: make a new one where weights or layers were replaced. ValueError off
+    CUDA, and for a U-Net that Python code looks into while it runs, which a replay does not.
     """
 
-    def __init__(self, run: Callable[..., Tensor], network: nn.Module, capture: Capture | None = None):
+    def __init__(self, unet: UNet, capture: Capture | None = None):
         if capture is None:
-            check_device(next(network.parameters()).device)
-        self.run, self.network, self.capture = run, network, capture or cuda_capture
+            check_device(next(unet.parameters()).device)
+        self.unet, self.capture = unet, capture or cuda_capture
         self._recordings: dict[tuple, Recording] = {}
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor | float, cond: Conditioning) -> Tensor:
-        check_unwatched(self.network)
+        check_unwatched(self.unet)
         t = torch.as_tensor(t, device=x_t.device)
         key = tuple((x.shape, x.dtype) for x in (x_t, t, *_tensors(cond)))
         if key not in self._recordings:
@@ -45,15 +45,19 @@ class Graphed:
         recording.x_t.copy_(x_t)
         recording.t.copy_(t)
         if recording.filled_from[0] is not cond:
-            for static, given in zip(_tensors(recording.cond), _tensors(cond), strict=True):
-                static.copy_(given)
+            for static, tensor in zip(_tensors(recording.cond), _tensors(self._prepared(cond)), strict=True):
+                static.copy_(tensor)
             recording.filled_from[0] = cond
         recording.replay()
         return recording.out.clone()  # the next replay overwrites it, and samplers remember
 
+    def _prepared(self, cond: Conditioning) -> Conditioning:
+        """With keys and values, which are the same at every step."""
+        return cond if cond.kv is not None else self.unet.with_keys_values(cond)
+
     def _record(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Recording:
-        x, time, static = x_t.clone(), t.clone(), cond.map(torch.clone)
-        return Recording(x, time, static, [cond], *self.capture(lambda: self.run(x, time, static)))
+        x, time, static = x_t.clone(), t.clone(), self._prepared(cond).map(torch.clone)
+        return Recording(x, time, static, [cond], *self.capture(lambda: self.unet(x, time, static)))
 
 
 class Recording(NamedTuple):
@@ -99,6 +103,6 @@ def check_unwatched(network: nn.Module) -> None:
 
 def _tensors(cond: Conditioning) -> list[Tensor]:
     """The tensors of cond in a fixed order."""
-    found: list[Tensor] = []
-    cond.map(lambda x: found.append(x) or x)
-    return found
+    tensors: list[Tensor] = []
+    cond.map(lambda x: tensors.append(x) or x)
+    return tensors

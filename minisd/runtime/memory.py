@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import psutil
 import torch
@@ -15,13 +15,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minisd.checkpoints.building import on_meta
-from minisd.models.unet import Conditioning
-from minisd.runtime.tuning import give_back_freed_memory, in_parts
-from minisd.tasks.latents import decoded
+from minisd.models.latents import decoded
+from minisd.models.unet import Conditioning, UNet
+from minisd.models.vae import VAE
+from minisd.pipeline import LatentDiffusion
+from minisd.runtime.allocator import give_back_freed_memory
+from minisd.runtime.optimize import optimize
+from minisd.tasks.sampling import Sampling
 
-if TYPE_CHECKING:
-    from minisd.tasks.sampling import Sampling
+Config = TypeVar("Config")
+Network = TypeVar("Network", bound=nn.Module)
+
 
 PER_PIXEL = 3072  # bytes that the official VAE takes to decode a pixel, untiled and in float32
 
@@ -58,7 +62,19 @@ def is_large(sampling: Sampling) -> bool:
     b, _, h, w = sampling.latents.shape
     pixels = b * h * w * sampling.sd.config.vae.factor**2
     sd = sampling.sd
-    return sum(map(weights_of, sd.checkpoint.networks.values())) + PER_PIXEL * pixels > 1e9
+    return all_weights(sd) + PER_PIXEL * pixels > 1e9
+
+
+def all_weights(sd: LatentDiffusion) -> int:
+    """Bytes."""
+    networks = sd.unet, sd.vae, sd.text_encoder, sd.vision_encoder
+    return sum(weights_of(network) for network in networks if network is not None)
+
+
+def meta(network: Callable[[Config], Network], config: Config) -> Network:
+    """A network without data."""
+    with torch.device("meta"):
+        return network(config)
 
 
 def weights_of(network: nn.Module) -> int:
@@ -66,23 +82,24 @@ def weights_of(network: nn.Module) -> int:
     return sum(weight.nbytes for weight in network.parameters())
 
 
-def needs(sampling: Sampling) -> Needs:
+def needs(sampling: Sampling, *, offload: bool = False) -> Needs:
     """What the steps and the decoding of a sampling will take, for its size, batch, guidance, tiles and dtype.
 
     Nothing is computed: two seconds for Stable Diffusion's networks.
     """
     sd, batch, latents = sampling.sd, sampling.batch, sampling.latents
     context = torch.cat([cond.context for cond in (batch.cond, batch.uncond) if cond is not None]).to("meta")
-    unet = on_meta("unet", sd.unet.config).to(sd.dtype)
-    in_parts(unet, sd.device)
-    vae = on_meta("vae", sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
+    unet = meta(UNet, sd.unet.config).to(sd.dtype)
+    if sd.device.type == "cpu":
+        optimize(unet)
+    vae = meta(VAE, sd.vae.config).to(sd.vae.quant_conv.weight.dtype)
     n, channels = context.shape[0], sd.config.unet.in_channels
     x = torch.empty(n, channels, *latents.shape[-2:], dtype=sd.dtype, device="meta")
     step = live_bytes(lambda: unet(x, 0, Conditioning(context)), unet)
-    decode = live_bytes(lambda: decoded(vae, latents.to("meta"), sampling.settings.tile), vae)
-    if sd.offload:
+    decode = live_bytes(lambda: decoded(vae, latents.to("meta"), sampling.options.vae_tiling), vae)
+    if offload:
         return Needs(0, step + weights_of(sd.unet), decode + weights_of(sd.vae))
-    return Needs(sum(map(weights_of, sd.checkpoint.networks.values())), step, decode)
+    return Needs(all_weights(sd), step, decode)
 
 
 @torch.no_grad()

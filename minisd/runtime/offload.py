@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -11,34 +12,39 @@ from torch import Tensor, nn
 class Offload:
     """The network that runs has a copy of its weights on the device; those of all others lie in CPU memory alone.
 
-    The weights in CPU memory are never written to: leaving the device only drops the copies. What changes weights
-    (adapters, saving) has to call `rest` first. Where a copy fails, memory being full, all are dropped.
+    A hook on every layer that has weights brings its network there before it runs; whoever runs them need not know. The
+    weights in CPU memory are never written to: leaving the device only drops the copies. What changes weights
+    (adapters, saving) has to call `unload` first. Where a copy fails, memory being full, all are dropped.
     """
 
-    def __init__(self, device: str | torch.device):
+    def __init__(self, device: str | torch.device, networks: Iterable[nn.Module]):
         self.device = torch.device(device)
-        self._there: nn.Module | None = None
+        self._loaded: nn.Module | None = None
         self._kept: list[tuple[Tensor, Tensor]] = []
+        for network in networks:
+            for layer in network.modules():
+                if list(layer.parameters(recurse=False)):
+                    layer.register_forward_pre_hook(lambda *_, network=network: self.load(network))
 
-    def bring(self, network: nn.Module) -> None:
+    def load(self, network: nn.Module) -> None:
         """Let this network, and no other, be on the device."""
-        if network is self._there:
+        if network is self._loaded:
             return
-        self.rest()
+        self.unload()
         self._kept = [(tensor, tensor.data) for tensor in chain(network.parameters(), network.buffers())]
         try:
             for tensor, weights in self._kept:
                 tensor.data = weights.to(self.device, copy=True)
         except BaseException:
-            self.rest()
+            self.unload()
             raise
-        self._there = network
+        self._loaded = network
 
-    def rest(self) -> None:
+    def unload(self) -> None:
         """Let no network be on the device."""
         for tensor, weights in self._kept:
             tensor.data = weights
-        self._there, self._kept = None, []
+        self._loaded, self._kept = None, []
 
 
 def check_device(device: torch.device) -> None:

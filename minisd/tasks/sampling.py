@@ -4,47 +4,43 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from numbers import Integral
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd.config import Settings
-from minisd.diffusion.samplers import Sampler, Step, get_sampler
+from minisd.diffusion.samplers import Step, get_sampler
+from minisd.diffusion.schedule import Time
+from minisd.models.nonfinite import nonfinite_error
 from minisd.models.unet import Conditioning
 from minisd.models.vae import DiagonalGaussian
-from minisd.runtime.tuning import give_back_freed_memory
+from minisd.pipeline import LatentDiffusion, Network
 from minisd.tasks.images import to_pil, to_uint8
-from minisd.tasks.latents import decode_latents
-from minisd.tasks.nonfinite import nonfinite_error
+from minisd.tasks.options import Options, check_seed
 from minisd.text.prompts import same_length
-
-if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
 
 
 @dataclass(eq=False)
 class Sampling:
-    """One batch on its way from noise to pictures: iterate to take the steps, then ask for the `images()`.
+    """One batch on its way from noise to images: iterate to take the steps, then ask for the `images()`.
 
-    latents: x_t as it stands, 'b c h w'. steps: what the sampler yields. finish: the decoded pictures 'b 3 h w' in
-    [-1, 1] → uint8. is_draft: a first pass, whose pictures only the second one wants. len() is the number of steps.
+    latents: x_t as it stands, 'b c h w'. steps: what the sampler yields. finish: the decoded images 'b 3 h w' in
+    [-1, 1] → uint8. is_draft: a first pass, whose images only the second one wants. len() is the number of steps.
     """
 
-    sd: StableDiffusion
-    settings: Settings
+    sd: LatentDiffusion
+    options: Options
     batch: Batch
     latents: Tensor
-    timesteps: list
+    timesteps: Sequence[Time]
     steps: Iterator[Step]
     finish: Callable[[Tensor], Tensor] = to_uint8
     is_draft: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._checked = self._check()
         self._images: list[Image.Image] | None = None
 
@@ -63,39 +59,38 @@ class Sampling:
             self.latents = step.x
             yield step
 
-    def _ask_again(self, t) -> None:
+    def _ask_again(self, t: Time) -> None:
         for cond in filter(None, (self.batch.cond, self.batch.uncond)):
-            self.sd.run_unet(self.latents, t, replace(cond, kv=None))  # the keys' and values' layers run too
+            self.sd.unet(self.latents.to(self.sd.dtype), t, cond)
 
     def images(self) -> list[Image.Image]:
-        """The pictures; takes the steps that are left."""
+        """The images; takes the steps that are left."""
         if self._images is None:
             self._images = to_pil(self.finish(self.pixels()))
-            for seed, image in zip(self.seeds, self._images, strict=True):
+            for seed, image in zip(self.batch.seeds, self._images, strict=True):
                 if max(high for _, high in image.getextrema()) <= 1:
                     warnings.warn(
-                        f"the picture of seed {seed} is all black: weights of another prediction type (see `minisd "
+                        f"the image of seed {seed} is all black: weights of another prediction type (see `minisd "
                         "inspect`) do that, and guidance far too strong",
                         stacklevel=2,
                     )
         return self._images
 
     def pixels(self) -> Tensor:
-        """The pictures as the VAE gives them, before `finish`: 'b 3 h w' in about [-1, 1], float32.
+        """The images as the VAE gives them, before `finish`: 'b 3 h w' in about [-1, 1], float32.
 
         Takes the steps that are left, and decodes at every call.
         """
         for _ in self:
             pass
-        give_back_freed_memory()  # the U-Net's blocks have other sizes than the VAE's
         return self._decode(self.latents)
 
     def preview(self, step: Step) -> list[Image.Image]:
-        """What the model believes the pictures to be, decoded from a step's x_0."""
+        """What the model believes the images to be, decoded from a step's x_0."""
         return to_pil(self.finish(self._decode(step.x_0)))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return decode_latents(self.sd.bring(self.sd.vae), latents, self.settings.tile)
+        return self.sd.decode(latents, vae_tiling=self.options.vae_tiling)
 
     @property
     def seeds(self) -> list[int]:
@@ -126,66 +121,68 @@ class Batch:
     noise: Noise
 
 
-def batches(
-    sd: StableDiffusion,
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str],
-    num_images: int,
-    seed: int,
-    settings: Settings,
-) -> Iterator[Batch]:
-    """All images of a call, prompts outermost, settings.batch_size at a time; image i has the seed `seed + i`."""
+def denoise(
+    sd: LatentDiffusion, options: Options, batch: Batch, x: Tensor, timesteps: Sequence[Time], network: Network | None
+) -> Iterator[Step]:
+    """The steps of the options' sampler, from x at the first of the timesteps."""
+    model = sd.denoiser(
+        batch.cond,
+        batch.uncond,
+        guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+        network=network,
+    )
+    sampler = get_sampler(options.sampler, eta=options.eta)
+    return sampler(model, x, sd.schedule, timesteps, noise=batch.noise)
+
+
+def batches(sd: LatentDiffusion, prompt: str | Sequence[str], options: Options) -> Iterator[Batch]:
+    """All images of a call, prompts outermost, options.batch_size at a time; image i has the seed `seed + i`."""
+    get_sampler(options.sampler, eta=options.eta)  # an unknown one is refused before anything is encoded
     factor = sd.config.vae.factor
-    if settings.tile and (settings.tile < 0 or settings.tile % factor):
-        raise ValueError(f"tile is {settings.tile} rows: give a multiple of {factor}, or 0 for none")
-    prompts, negatives = _texts(prompt), _texts(negative_prompt)
-    if isinstance(negative_prompt, str):
+    if options.vae_tiling and (options.vae_tiling < 0 or options.vae_tiling % factor):
+        raise ValueError(f"vae_tiling is {options.vae_tiling} rows: give a multiple of {factor}, or 0 for no tiling")
+    prompts, negatives = _texts(prompt), _texts(options.negative_prompt)
+    if isinstance(options.negative_prompt, str):
         negatives *= len(prompts)
     if not prompts:
         raise ValueError("no prompt was given: give a text or a list of texts")
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-    if not isinstance(num_images, Integral) or num_images < 1:
-        raise ValueError(f"num_images is {num_images}: give 1 or more")
-    total = len(prompts) * num_images
-    check_seed("seed", seed, total)
-    context_of = cache(lambda text: sd.encode_prompt(text, settings).context)
-    for start in range(0, total, settings.batch_size):
-        indices = list(range(start, min(start + settings.batch_size, total)))
-        own, own_negatives = ([texts[i // num_images] for i in indices] for texts in (prompts, negatives))
-        seeds = [seed + i for i in indices]
-        cond, uncond = _conditions(sd, own, own_negatives if settings.guidance_scale != 1 else None, context_of)
+    count = options.num_images
+    total = len(prompts) * count
+    check_seed("seed", options.seed, total)
+
+    @cache
+    def context_of(text: str) -> Tensor:
+        return sd.encode_prompt(text, prompt_syntax=options.prompt_syntax, clip_skip=options.clip_skip).context
+
+    for start in range(0, total, options.batch_size):
+        indices = list(range(start, min(start + options.batch_size, total)))
+        own, own_negatives = ([texts[i // count] for i in indices] for texts in (prompts, negatives))
+        seeds = [options.seed + i for i in indices]
+        cond, uncond = _conditions(own, own_negatives if options.guidance_scale != 1 else None, context_of)
         yield Batch(indices, own, own_negatives, seeds, cond, uncond, Noise(seeds, sd.device))
 
 
-def _texts(given: str | Sequence[str]) -> list[str]:
-    texts = list(given) if isinstance(given, (list, tuple)) else [given]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"a prompt must be a str, not {type(text).__name__}: {text!r:.80}")
+def _texts(text: str | Sequence[str]) -> list[str]:
+    texts = list(text) if isinstance(text, (list, tuple)) else [text]
+    for one in texts:
+        if not isinstance(one, str):
+            raise ValueError(f"a prompt must be a str, not {type(one).__name__}: {one!r:.80}")
     return texts
 
 
-def check_seed(name: str, seed: int, count: int) -> None:
-    """ValueError unless the generators of `count` images, seeded from `seed` on, exist."""
-    last = 2**63 - count
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= last:
-        raise ValueError(f"{name} is {seed!r}: give a whole number from 0 to {last}")
-
-
-@torch.no_grad()
 def _conditions(
-    sd: StableDiffusion, prompts: list[str], negatives: list[str] | None, context_of: Callable[[str], Tensor]
+    prompts: list[str], negatives: list[str] | None, context_of: Callable[[str], Tensor]
 ) -> tuple[Conditioning, Conditioning | None]:
-    """(cond, uncond), the keys and values of their contexts computed here, once for all steps.
-
-    Every text is encoded by itself, so that no image depends on its neighbours.
-    """
+    """(cond, uncond). Every text is encoded by itself, so that no image depends on its neighbours."""
     texts = list(dict.fromkeys(prompts + (negatives or [])))
     contexts = dict(zip(texts, same_length(*map(context_of, texts)), strict=True))
 
     def joined(some: list[str]) -> Conditioning:
-        return sd.bring(sd.unet).with_keys_values(Conditioning(torch.cat([contexts[text] for text in some])))
+        return Conditioning(torch.cat([contexts[text] for text in some]))
 
     return joined(prompts), None if negatives is None else joined(negatives)
 
@@ -206,17 +203,42 @@ class Noise:
         return torch.stack(parts).to(self.device)
 
     def sample(self, posterior: DiagonalGaussian) -> Tensor:
-        """Latents 'b c h w' of pictures, or 'b' times of one picture."""
+        """Latents 'b c h w' of images, or 'b' times of one image."""
         return posterior.mean + posterior.std * self.draw(posterior.mean.shape[1:])
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.draw(x.shape[1:])
 
 
-def sampler_of(settings: Settings) -> Sampler:
-    """The sampler, by name or a function of one's own, with its eta.
+class VariedNoise(Noise):
+    """Every draw lies on the great circle from that of `seed` (strength 0) to that of variation_seed + i (1)."""
 
-    Keywords that only one sampler has are bound by the caller: `Settings(sampler=partial(euler, s_churn=40))`.
+    def __init__(self, own: Noise, indices: Sequence[int], seed: int, variation_seed: int | None, strength: float):
+        if variation_seed is None:
+            raise ValueError(
+                f"variation_strength is {strength}, but there is no variation_seed to turn towards: give one"
+            )
+        if not 0 <= strength <= 1:
+            raise ValueError(
+                f"variation_strength is {strength}: it lies in [0, 1], from the seed's image to the variation seed's"
+            )
+        check_seed("variation_seed", variation_seed, max(indices) + 1)
+        self.strength = strength
+        self.origin = Noise([seed] * len(indices), own.device)
+        self.other = Noise([variation_seed + i for i in indices], own.device)
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        return slerp(self.origin.draw(shape), self.other.draw(shape), self.strength)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a (share 0) to b (share 1) along the great circle, image by image: the way between two noises is noise too.
+
+    Shoemake 1985. A straight line would pass through noise of a smaller variance, which the network has never seen.
     """
-    sampler = get_sampler(settings.sampler)
-    return partial(sampler, eta=settings.eta) if settings.eta else sampler
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    angle = F.cosine_similarity(flat_a, flat_b).clamp(-1, 1).acos()[:, None]
+    near = angle.sin() < 1e-6  # (anti)parallel: the circle is not defined, the line will do
+    weight_a = torch.where(near, 1 - share, ((1 - share) * angle).sin() / angle.sin())
+    weight_b = torch.where(near, share, (share * angle).sin() / angle.sin())
+    return (weight_a * flat_a + weight_b * flat_b).view_as(a).to(a.dtype)

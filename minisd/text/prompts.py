@@ -1,6 +1,6 @@
-r"""From prompts to the context of the U-Net, in the convention for which the prompt was written.
+r"""From prompts to the context of the U-Net, in the syntax for which the prompt was written.
 
-    convention  weights                                 over 75 tokens            what a weight w does to the states z
+    syntax  weights                                 over 75 tokens            what a weight w does to the states z
     plain       - (brackets are text)                   cut, with a warning       -
     chunked     - (brackets are text)                   chunks                    -
     a1111       (x) [x] (x:1.3), escaped by a backslash chunks, BREAK, commas     w·z, then rescaled to the mean of z
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minisd.text.tokenizer import FIRST_ADDED, Tokenizer
 
-CONVENTIONS = ("plain", "chunked", "a1111", "comfyui")
+SYNTAXES = ("plain", "chunked", "a1111", "comfyui")
 EMPHASIS = 1.1  # what a pair of round brackets multiplies by
 COMMA_WINDOW = 20  # A1111's option "prompt word wrap length limit", its default
 WHOLE_BELOW = 8  # ComfyUI keeps a fragment of fewer tokens in one chunk (max_word_length)
@@ -37,25 +37,25 @@ def encode_prompts(
     tokenizer: Tokenizer,
     prompts: str | Sequence[str],
     *,
-    convention: str = "plain",
+    syntax: str = "plain",
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The context 'b l d' of the prompts; l is the tokenizer's length (77) times the number of chunks.
 
     text_encoder: ids 'n 77' (int64, on `device`) → states 'n 77 d', such as CLIPText. Weights act in float32 or wider;
     the result has the states' dtype. Prompts of unequal length are repeated to one length, which changes no image (see
-    `same_length`), and none depends on its neighbours. ValueError for an unknown convention or no prompt.
+    `same_length`), and none depends on its neighbours. ValueError for an unknown syntax or no prompt.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError('no prompts were given: for an image without a prompt encode the empty prompt, [""]')
-    per_prompt = [chunk_prompt(tokenizer, prompt, convention) for prompt in prompts]
+    per_prompt = [chunk_prompt(tokenizer, prompt, syntax) for prompt in prompts]
     chunks = list(chain(*per_prompt))
     ids = torch.tensor([chunk.ids for chunk in chunks], device=device)
     states = text_encoder(ids)
     if any(weight != 1 for chunk in chunks for weight in chunk.weights):
         weights = torch.tensor([chunk.weights for chunk in chunks], dtype=torch.float32, device=device)
-        if convention == "a1111":
+        if syntax == "a1111":
             states = weigh_a1111(states, weights)
         else:
             empty = text_encoder(torch.tensor([tokenizer.frame([])], device=device))
@@ -88,7 +88,7 @@ def weigh_a1111(states: Tensor, weights: Tensor) -> Tensor:
     if not (scale.isfinite() & (scale > 0)).all():
         raise ValueError(
             "a1111 weights are followed by a rescaling to the old mean of the states, and these weights turn the mean "
-            "to zero or to the other sign: use weights nearer to 1, or convention='comfyui'"
+            "to zero or to the other sign: use weights nearer to 1, or prompt_syntax='comfyui'"
         )
     return (weighted * scale).to(states.dtype)
 
@@ -113,21 +113,21 @@ class Chunk(NamedTuple):
     weights: list[float]
 
 
-def chunk_prompt(tokenizer: Tokenizer, prompt: str, convention: str) -> list[Chunk]:
+def chunk_prompt(tokenizer: Tokenizer, prompt: str, syntax: str) -> list[Chunk]:
     """The chunks of a prompt, at least one. Placeholders keep all their vectors in one chunk.
 
     Every fragment of `parse_weights` is tokenized by itself, as both programs do.
     """
-    fragments = parse_weights(prompt, convention)
-    pattern, advice = UNREAD[convention]
-    if found := pattern.search(prompt):
-        warnings.warn(f"{found[0]!r} is read as text in convention {convention!r}: {advice}", stacklevel=3)
-    if convention == "plain":
+    fragments = parse_weights(prompt, syntax)
+    pattern, advice = UNREAD[syntax]
+    if match := pattern.search(prompt):
+        warnings.warn(f"{match[0]!r} is read as text in the prompt syntax {syntax!r}: {advice}", stacklevel=3)
+    if syntax == "plain":
         return [Chunk(tokenizer(prompt)[0].tolist(), [1.0] * tokenizer.length)]
-    if convention == "chunked":
+    if syntax == "chunked":
         runs = [[(i, 1.0) for i in run] for run in tokenizer.chunks(tokenizer.encode(prompt))]
     else:
-        runs = {"a1111": _runs_a1111, "comfyui": _runs_comfyui}[convention](tokenizer, fragments)
+        runs = {"a1111": _runs_a1111, "comfyui": _runs_comfyui}[syntax](tokenizer, fragments)
     return [_frame(tokenizer, run) for run in runs]
 
 
@@ -198,8 +198,8 @@ NUMBER = r"\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*"
 MARKS_A1111 = re.compile(rf"(\\[()\[\]\\]?|[(\[\])]|:{NUMBER}\))")
 WEIGHT = re.compile(rf"(?<!\\)\([^()]*:{NUMBER}\)")
 EDITING = re.compile(rf"(?<!\\)\[[^\[\]]*(?::{NUMBER}|\|[^\[\]]*)\]|\bAND\b")
-WEIGHTS_ELSEWHERE = WEIGHT, "'a1111' and 'comfyui' read weights"
-UNREAD = {  # syntax of other conventions: pattern, advice
+WEIGHTS_ELSEWHERE = WEIGHT, "prompt_syntax='a1111' and 'comfyui' read weights"
+UNREAD = {  # what another syntax reads: pattern, advice
     "plain": WEIGHTS_ELSEWHERE,
     "chunked": WEIGHTS_ELSEWHERE,
     "a1111": (EDITING, "minisd has no prompt editing, alternation or AND"),
@@ -207,7 +207,7 @@ UNREAD = {  # syntax of other conventions: pattern, advice
 }
 
 
-def parse_weights(prompt: str, convention: str) -> list[tuple[str, float]]:
+def parse_weights(prompt: str, syntax: str) -> list[tuple[str, float]]:
     r"""The prompt as (text, weight) in order, without the syntax of the weights; no text is empty, "" gives [].
 
     a1111 (modules/prompt_parser.py, parse_prompt_attention): (x) is 1.1, [x] 1/1.1, (x:w) w; nested ones multiply; a
@@ -221,11 +221,11 @@ def parse_weights(prompt: str, convention: str) -> list[tuple[str, float]]:
 
     In both a weight that is no finite number is text: (x:big) is "x:big" at 1.1.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"unknown prompt convention {convention!r}; known: {', '.join(CONVENTIONS)}")
+    if syntax not in SYNTAXES:
+        raise ValueError(f"unknown prompt syntax {syntax!r}; known: {', '.join(SYNTAXES)}")
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt must be a str, not {type(prompt).__name__}: {prompt!r:.80}")
-    fragments = {"a1111": _parse_a1111, "comfyui": _parse_comfyui}.get(convention, lambda text: [(text, 1.0)])(prompt)
+    fragments = {"a1111": _parse_a1111, "comfyui": _parse_comfyui}.get(syntax, lambda text: [(text, 1.0)])(prompt)
     return [fragment for fragment in fragments if fragment[0]]
 
 

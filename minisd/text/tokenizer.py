@@ -9,13 +9,12 @@ two agree.
 from __future__ import annotations
 
 import html
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from minisd.text.bpe import byte_pairs, merge_lines, vocabulary
+from minisd.text.bpe import byte_pairs, vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -197,27 +196,6 @@ class Tokenizer:
                 break
             read += len(own)
         return ids[:room]
-
-    def files(self) -> dict[str, str]:
-        """Name → content of the files of a Hugging Face CLIPTokenizer: the `tokenizer/` folder of a diffusers model.
-
-        The n vectors of a placeholder are n tokens there, named as diffusers does: `<my-cat>`, `<my-cat>_1`, …
-        """
-        symbols = [*vocabulary().symbols, *SPECIALS["openai"]]
-        named = {"bos_token": symbols[BOS], "eos_token": symbols[EOS], "unk_token": symbols[EOS]}
-        named["pad_token"] = symbols[self.pad_id]
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "do_lower_case": True, **named}
-        tables = {
-            "vocab.json": {symbol: i for i, symbol in enumerate(symbols)},
-            "special_tokens_map.json": named,
-            "tokenizer_config.json": config,
-        }
-        if self._added:
-            tables["added_tokens.json"] = {
-                f"{token}_{n}" if n else token: i for token, ids in self._added.items() for n, i in enumerate(ids)
-            }
-        contents = {name: json.dumps(table, ensure_ascii=False, indent=1) for name, table in tables.items()}
-        return contents | {"merges.txt": "\n".join(["#version: 0.2", *merge_lines(), ""])}
 
 
 def clean(text: str) -> str:

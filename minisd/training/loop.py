@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minisd.provenance.files import write_whole
-from minisd.runtime.tuning import tune
-from minisd.tasks.nonfinite import first_nonfinite_layer
+from minisd.files import write_whole
+from minisd.models.nonfinite import first_nonfinite_layer
+from minisd.runtime.optimize import channels_last, optimize
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
 from minisd.training.optimizers import build_optimizers
@@ -75,7 +75,7 @@ def train(
     group.check(config.batch_size, config.accumulate)
     networks = recipe.networks.to(device).train()
     # as sampling lays them out: moments take the weights' layout, which no sheet may then change under them
-    tune(networks, device)
+    channels_last(optimize(networks))
     optimizers = build_optimizers(networks, config, group)
     ema = EMA(networks, config.ema)
     state = folder / "state.safetensors"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.provenance.files import write_whole
+from minisd.files import write_whole
 
 
 class Progress:

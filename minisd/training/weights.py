@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minisd.runtime.tuning import channels_last, forget_file_pages
+from minisd.runtime.allocator import forget_file_pages
+from minisd.runtime.optimize import channels_last
 from minisd.training.draws import generator
 
 
@@ -43,7 +44,7 @@ def copied(network: nn.Module, *, learn: bool, half: bool = False) -> nn.Module:
             own = weight.detach()
         else:
             kernel = isinstance(layer, nn.Conv2d) and weight.device.type == "cpu"
-            layout = torch.channels_last if kernel else torch.preserve_format  # as `tune` wants it
+            layout = torch.channels_last if kernel else torch.preserve_format  # as `lay_out` wants it
             own = torch.empty_like(weight.detach(), dtype=dtype, memory_format=layout).copy_(weight.detach())
             forget_file_pages(weight.detach())
         memo[id(weight)] = nn.Parameter(own, requires_grad=learn)

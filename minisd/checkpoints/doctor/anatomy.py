@@ -10,44 +10,46 @@ import torch
 from torch import Tensor
 
 from minisd.checkpoints.building import build
-from minisd.checkpoints.detect import Part, Renamed
+from minisd.checkpoints.detect import Part
 from minisd.checkpoints.diffusers_layout import EXTRA
 from minisd.checkpoints.doctor.inspection import Inspection, Network, bytes_text
 from minisd.checkpoints.evidence import evidence_of
+from minisd.checkpoints.families import presets_of
 from minisd.checkpoints.files import CheckpointError
 from minisd.checkpoints.load import foreign_tensors
+from minisd.checkpoints.networks import NETWORKS
+from minisd.checkpoints.networks.format import Renamed
 from minisd.checkpoints.opening import Opened
-from minisd.config import PRESETS, CLIPTextConfig, CLIPVisionConfig, ModelConfig, UNetConfig
+from minisd.config import PRESETS, CLIPTextConfig, ModelConfig, UNetConfig
 
-TITLES = {"unet": "U-Net", "vae": "VAE", "text": "text encoder", "vision": "image encoder", "control": "ControlNet"}
 EMA = "model_ema.diffusion_model"
 CONTRADICTION = "the evidence for eps or v contradicts itself"
 
 
-def describe(found: Inspection, opened: Opened) -> None:
+def describe(inspection: Inspection, opened: Opened) -> None:
     """Fill in all that the opened networks tell."""
     parts = opened.contents.parts
-    found.kind = "a Stable Diffusion checkpoint" if {"unet", "vae", "text"} <= set(parts) else opened.contents.kind
+    inspection.kind = "a Stable Diffusion checkpoint" if {"unet", "vae", "text"} <= set(parts) else opened.contents.kind
     if {"unet", "control"} <= set(parts):
-        found.kind += " with a ControlNet"
+        inspection.kind += " with a ControlNet"
     if opened.layout == "ldm" and parts:
-        found.format += ", " + _layout({part.dialect for part in parts.values()})
-    for name in TITLES:
+        inspection.format += ", " + _layout({part.dialect for part in parts.values()})
+    for name in NETWORKS:
         if name in parts:
             network = _network(name, parts[name], opened)
-            found.networks.append(network)
-            found.problems += [f"{network.name}: {network.problem}"] if network.problem else []
-    _account(found, opened)
+            inspection.networks.append(network)
+            inspection.problems += [f"{network.name}: {network.problem}"] if network.problem else []
+    _account(inspection, opened)
     if "unet" in parts:
-        _prediction(found, opened)
-        _ema(found, opened)
-        found.facts["input"] = _inputs(parts["unet"].config)
+        _prediction(inspection, opened)
+        _ema(inspection, opened)
+        inspection.facts["input"] = _inputs(parts["unet"].config)
     if opened.global_step is not None:
-        found.facts["global step"] = f"{opened.global_step:,}"
+        inspection.facts["global step"] = f"{opened.global_step:,}"
     if "text" in parts:
-        _tokens(found, parts["text"].config, opened)
-    _family(found, opened)
-    _needs(found, opened)
+        _tokens(inspection, parts["text"].config, opened)
+    _family(inspection, opened)
+    _needs(inspection, opened)
 
 
 def _layout(dialects: set[str]) -> str:
@@ -73,8 +75,9 @@ def _network(name: str, part: Part, opened: Opened) -> Network:
         count = prod(tensors.shape(key))
         dtypes[str(tensors.dtype(key)).removeprefix("torch.")] += count
         stored += count * tensors.dtype(key).itemsize
-    about = _about(part.config)
-    network = Network(TITLES[name], about, len(tensors), dtypes.total(), dict(dtypes.most_common()), stored)
+    declared = NETWORKS[name]
+    about = declared.about(part.config)
+    network = Network(declared.title, about, len(tensors), dtypes.total(), dict(dtypes.most_common()), stored)
     rest = Outline(opened.text_rest) if name == "text" and opened.text_rest is not None else None
     try:
         built = build(name, replace(part, tensors=Outline(tensors), doubt=""), device="meta", rest=rest)
@@ -84,75 +87,64 @@ def _network(name: str, part: Part, opened: Opened) -> Network:
     return network
 
 
-def _about(config) -> str:
-    match config:
-        case UNetConfig():
-            return f"{config.in_channels} channels in, context {config.context_dim}"
-        case CLIPTextConfig():
-            known = {768: "CLIP ViT-L/14", 1024: "OpenCLIP ViT-H/14"}
-        case CLIPVisionConfig():
-            known = {1024: "CLIP ViT-L/14", 1280: "OpenCLIP ViT-H/14"}
-        case _ if hasattr(config, "hint_channels"):
-            return f"context {config.unet.context_dim}, {config.hint_channels}-channel hint"
-        case _:
-            return f"1 latent per {config.factor} × {config.factor} pixels"
-    return known.get(config.width, f"{config.width} wide") + f", {config.layers} layers"
-
-
-def _account(found: Inspection, opened: Opened) -> None:
+def _account(inspection: Inspection, opened: Opened) -> None:
     """Every tensor of every file: used by a network, known and not run, or unknown."""
     contents = opened.contents
-    found.used = sum(len(part.tensors) for part in contents.parts.values())
-    found.known = {reason: list(names) for reason, names in contents.known.items()}
-    found.unknown = list(contents.unknown)
-    placed = {name for names in found.known.values() for name in names}
+    inspection.used = sum(len(part.tensors) for part in contents.parts.values())
+    inspection.known = {reason: list(names) for reason, names in contents.known.items()}
+    inspection.unknown = list(contents.unknown)
+    placed = {name for names in inspection.known.values() for name in names}
     rest = opened.text_rest.names.values() if opened.text_rest is not None else ()
-    found.used += sum(f"{EXTRA}/{name}" not in placed for name in rest)
+    inspection.used += sum(f"{EXTRA}/{name}" not in placed for name in rest)
     if opened.layout == "diffusers" and not rest:  # the folder of unCLIP's normaliser
-        found.known |= {"unCLIP embedding statistics": list(opened.extras)} if opened.extras else {}
+        inspection.known |= {"unCLIP embedding statistics": list(opened.extras)} if opened.extras else {}
     if foreign := foreign_tensors(contents):
         count = f"{len(foreign)} tensors in its networks are not Stable Diffusion's"
-        found.problems.append(f"{count}, so that loading refuses the file; the first is {foreign[0]}")
+        inspection.problems.append(f"{count}, so that loading refuses the file; the first is {foreign[0]}")
 
 
-def _prediction(found: Inspection, opened: Opened) -> None:
-    said, because = opened.prediction
+def _prediction(inspection: Inspection, opened: Opened) -> None:
+    prediction, because = opened.prediction
     more = evidence_of(opened.contents, opened.path, opened.global_step, opened.metadata)
-    found.prediction = said
-    found.evidence = [(said, because)] if said else []
-    found.evidence += [item for item in more if item not in found.evidence]
-    if said is None:
-        found.facts["prediction"] = f"eps or v? Nothing tells: {because}"
+    inspection.prediction = prediction
+    inspection.evidence = [(prediction, because)] if prediction else []
+    inspection.evidence += [item for item in more if item not in inspection.evidence]
+    if prediction is None:
+        inspection.facts["prediction"] = f"eps or v? Nothing tells: {because}"
         return
-    found.facts["prediction"] = f'{said}: {because}; prediction="{"v" if said == "eps" else "eps"}" overrides it'
-    for i, (other, why) in enumerate(found.evidence[1:], 2):
-        found.facts[f"evidence {i}"] = f"{other}: {why}" + ("" if other == said else f", CONTRADICTS {said}")
-    point_out_contradictions(found)
+    inspection.facts["prediction"] = (
+        f'{prediction}: {because}; prediction="{"v" if prediction == "eps" else "eps"}" overrides it'
+    )
+    for i, (other, why) in enumerate(inspection.evidence[1:], 2):
+        inspection.facts[f"evidence {i}"] = f"{other}: {why}" + (
+            "" if other == prediction else f", CONTRADICTS {prediction}"
+        )
+    point_out_contradictions(inspection)
 
 
-def point_out_contradictions(found: Inspection) -> None:
-    found.notes = [note for note in found.notes if not note.startswith(CONTRADICTION)]
-    others = sorted({said for said, _ in found.evidence} - {found.prediction})
-    if found.prediction is not None and others:
-        found.notes.append(
-            f"{CONTRADICTION}: loading takes {found.prediction}. Where pictures come out as noise or grey, give "
+def point_out_contradictions(inspection: Inspection) -> None:
+    inspection.notes = [note for note in inspection.notes if not note.startswith(CONTRADICTION)]
+    others = sorted({prediction for prediction, _ in inspection.evidence} - {inspection.prediction})
+    if inspection.prediction is not None and others:
+        inspection.notes.append(
+            f"{CONTRADICTION}: loading takes {inspection.prediction}. Where pictures come out as noise or grey, give "
             f'prediction="{others[0]}"'
         )
 
 
-def _ema(found: Inspection, opened: Opened) -> None:
-    found.ema_tensors = sum(name.startswith(EMA) for name in opened.extras)
-    if not found.ema_tensors:
+def _ema(inspection: Inspection, opened: Opened) -> None:
+    inspection.ema_tensors = sum(name.startswith(EMA) for name in opened.extras)
+    if not inspection.ema_tensors:
         counters = any(name.startswith("model_ema.") for name in opened.extras)
         pruned = " (the EMA's counters are left: its values then usually stand under the ordinary names)"
-        found.facts["weights"] = "one set, no separate EMA copy" + (pruned if counters else "")
+        inspection.facts["weights"] = "one set, no separate EMA copy" + (pruned if counters else "")
         return
-    found.facts["weights"] = (
-        f'two sets: a plain load takes the raw ones, weights="ema" the EMA copy ({found.ema_tensors} tensors)'
+    inspection.facts["weights"] = (
+        f'two sets: a plain load takes the raw ones, weights="ema" the EMA copy ({inspection.ema_tensors} tensors)'
     )
     names = [EMA + name.replace(".", "") for name in opened.contents.parts["unet"].tensors]
     if lost := [name for name in names if name not in opened.extras]:
-        found.notes.append(
+        inspection.notes.append(
             f'weights="ema" will be refused: {len(lost)} tensors of the EMA are missing, first: {lost[0]}'
         )
 
@@ -169,72 +161,74 @@ def _inputs(unet: UNetConfig) -> str:
     return f"{unet.in_channels} channels: {kinds.get(unet.in_channels, others)}{y}"
 
 
-def _tokens(found: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
+def _tokens(inspection: Inspection, text: CLIPTextConfig, opened: Opened) -> None:
     names = ", ".join(f"{token} ({len(ids)} vectors)" for token, ids in opened.added_tokens.items())
     more = text.vocab_size - CLIPTextConfig.vocab_size
     if names or more > 0:
-        found.facts["tokens"] = names or f"{more} beyond CLIP's {CLIPTextConfig.vocab_size:,}, without their names"
+        inspection.facts["tokens"] = names or f"{more} beyond CLIP's {CLIPTextConfig.vocab_size:,}, without their names"
     for rows in getattr(opened.contents.parts["text"].tensors.file, "stored_rows", {}).values():
-        found.facts["vocabulary"] = (
+        inspection.facts["vocabulary"] = (
             f"{rows:,} different rows for {text.vocab_size:,} tokens: the file stores each once, and is smaller than "
             "the networks below"
         )
 
 
-def _family(found: Inspection, opened: Opened) -> None:
+def _family(inspection: Inspection, opened: Opened) -> None:
     parts = opened.contents.parts
     unet = parts["unet"].config if "unet" in parts else parts["control"].config.unet if "control" in parts else None
     if unet is not None:
-        same = {name: preset for name, preset in PRESETS.items() if preset.unet == unet}
-        found.presets = [name for name in same if same[name].prediction == found.prediction] or list(same)
-        found.family = " or ".join(same[name].name for name in found.presets)
+        same = presets_of(unet)
+        inspection.presets = [name for name in same if same[name].prediction == inspection.prediction] or list(same)
+        inspection.family = " or ".join(same[name].name for name in inspection.presets)
         if opened.config is not None and opened.config.name not in ("custom", ModelConfig.name):
-            found.family = opened.config.name
-        found.family = found.family or "custom: no official U-Net has these shapes"
+            inspection.family = opened.config.name
+        inspection.family = inspection.family or "custom: no official U-Net has these shapes"
     elif "text" in parts:
-        found.family = {768: PRESETS["SD1"].name, 1024: "Stable Diffusion 2.x"}.get(parts["text"].config.width, "")
+        inspection.family = {768: PRESETS["SD1"].name, 1024: "Stable Diffusion 2.x"}.get(parts["text"].config.width, "")
     elif "vae" in parts and parts["vae"].config.factor == 4:
-        found.family = PRESETS["SD_X4_UPSCALER"].name
+        inspection.family = PRESETS["SD_X4_UPSCALER"].name
     elif "vae" in parts:
-        found.family = "Stable Diffusion 1.x and 2.x, all but the x4 upscaler"
-        found.notes.append("SDXL's VAE has the same shapes and other latents: wrong colours mean that it is that one")
+        inspection.family = "Stable Diffusion 1.x and 2.x, all but the x4 upscaler"
+        inspection.notes.append(
+            "SDXL's VAE has the same shapes and other latents: wrong colours mean that it is that one"
+        )
 
 
-def _needs(found: Inspection, opened: Opened) -> None:
+def _needs(inspection: Inspection, opened: Opened) -> None:
     parts, name = opened.contents.parts, opened.path.name
     for doubt in sorted({part.doubt for part in parts.values() if part.doubt}):
-        found.needs.append(f"{doubt}: a diffusers folder's config.json says it, as does a file saved by minisd")
+        inspection.needs.append(f"{doubt}: a diffusers folder's config.json says it, as does a file saved by minisd")
     if "unet" in parts:
         if "vae" not in parts:
-            found.needs.append(f"a VAE: minisd.load({name!r}, vae=FILE)")
+            inspection.needs.append(f"a VAE: minisd.load({name!r}, vae=FILE)")
         if "text" not in parts:
-            found.needs.append(
+            inspection.needs.append(
                 "a text encoder, which minisd takes from the checkpoint's own file or folder: put the networks side by "
                 "side into one diffusers folder (unet/, vae/, text_encoder/)"
             )
-        if found.prediction is None:
-            found.needs.append('prediction="eps" or prediction="v", as its author says; both can be tried')
-        _how_to_run(found, parts["unet"].config, opened)
+        if inspection.prediction is None:
+            inspection.needs.append('prediction="eps" or prediction="v", as its author says; both can be tried')
+        _how_to_run(inspection, parts["unet"].config, opened)
     elif "vae" in parts:
-        found.needs.append(f"a checkpoint whose VAE it replaces: minisd.load(CHECKPOINT, vae={name!r})")
+        inspection.needs.append(f"a checkpoint whose VAE it replaces: minisd.load(CHECKPOINT, vae={name!r})")
     elif parts and "control" not in parts:
-        found.needs.append("a U-Net and a VAE: it is one part of a checkpoint")
+        inspection.needs.append("a U-Net and a VAE: it is one part of a checkpoint")
     if "control" in parts:
-        base = "" if "unet" in parts else f"a checkpoint of {found.family} for it to steer, and "
-        found.needs.append(f"{base}minisd.load_controlnet({name!r})")
+        base = "" if "unet" in parts else f"a checkpoint of {inspection.family} for it to steer, and "
+        inspection.needs.append(f"{base}minisd.load_controlnet({name!r})")
 
 
-def _how_to_run(found: Inspection, unet: UNetConfig, opened: Opened) -> None:
-    if {"vae", "text"} <= set(opened.contents.parts) and found.ok:
+def _how_to_run(inspection: Inspection, unet: UNetConfig, opened: Opened) -> None:
+    if {"vae", "text"} <= set(opened.contents.parts) and inspection.ok:
         command = {4: "txt2img", 9: "inpaint"}.get(unet.in_channels)
         if command and unet.vector_dim is None:
-            start = "" if found.needs else "nothing else: "
-            found.needs.append(f'{start}minisd {command} "a red apple" --checkpoint {opened.path}')
+            start = "" if inspection.needs else "nothing else: "
+            inspection.needs.append(f'{start}minisd {command} "a red apple" --checkpoint {opened.path}')
         else:
-            found.needs.append("its further inputs, given to the U-Net in a Conditioning (concat=, y=)")
-    run = [network for network in found.networks if network.name != TITLES["control"]]
+            inspection.needs.append("its further inputs, given to the U-Net in a Conditioning (concat=, y=)")
+    run = [network for network in inspection.networks if network.name != NETWORKS["control"].title]
     stored, floats = sum(network.stored for network in run), 4 * sum(network.parameters for network in run)
-    found.needs.append(
+    inspection.needs.append(
         f"memory for the weights: {bytes_text(stored)} as they are stored, {bytes_text(floats)} in float32; "
         "activations come on top"
     )

@@ -9,21 +9,13 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from minisd.adapters import embeddings
-from minisd.adapters.lora_names import (
-    Pair,
-    layout_of,
-    other_model,
-    pairs,
-    peft_alpha,
-    peft_config,
-    text_width,
-    variants,
-)
-from minisd.checkpoints.families import BASES, SDXL_WIDTHS
+from minisd.checkpoints import embedding_files
+from minisd.checkpoints.families import BASES, SDXL, SDXL_WIDTHS, base_of
 from minisd.checkpoints.files import TensorFile
+from minisd.checkpoints.foreign import foreign_checkpoint, lora_base, lycoris_kinds
+from minisd.checkpoints.lora_files import Pair, layout_of, network_of, pairs_in, peft_alpha, peft_config, text_width
 
-_SDXL, _UNREAD = "SDXL", "minisd runs Stable Diffusion 1.x and 2.x only"
+_UNREAD = "minisd runs Stable Diffusion 1.x and 2.x only"
 
 
 @dataclass
@@ -49,24 +41,24 @@ def other_kind(file: TensorFile) -> Kind | None:
 
 
 def _lora(file: TensorFile) -> Kind | None:
-    found, others = pairs(file), variants(file)
-    if not found and not others:
+    pairs, others = pairs_in(file), lycoris_kinds(file)
+    if not pairs and not others:
         return None
-    kind = Kind(f"a LoRA ({layout_of(found)})" if found else f"a {others[0]} (an adapter of the LyCORIS family)")
-    width = text_width(file, found)
-    kind.base = other_model(file) or (_SDXL if width in SDXL_WIDTHS else BASES.get(width, ""))
-    ranks = sorted({file.shape(pair.down)[0] for pair in found if file.shape(pair.down)})
+    kind = Kind(f"a LoRA ({layout_of(pairs)})" if pairs else f"a {others[0]} (an adapter of the LyCORIS family)")
+    width = text_width(file, pairs)
+    kind.base = lora_base(file) or base_of(width)
+    ranks = sorted({file.shape(pair.down)[0] for pair in pairs if file.shape(pair.down)})
     if ranks:
         kind.facts["rank"] = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        kind.facts["alpha"] = _alpha(file, found, ranks)
-    networks = Counter(map(_lora_network, [pair.module for pair in found] or list(file)))
+        kind.facts["alpha"] = _alpha(file, pairs, ranks)
+    networks = Counter(map(network_of, [pair.module for pair in pairs] or list(file)))
     kind.facts["changes"] = ", ".join(f"{count} layers of the {network}" for network, count in networks.items())
     if trained := file.metadata.get("ss_sd_model_name") or file.metadata.get("ss_base_model_version"):
         kind.facts["trained on"] = trained
     if others:
         kind.problems.append(f"it is a {'/'.join(others)} adapter: only plain LoRAs are read")
-    kind.used = {name for pair in found for name in (pair.down, pair.up, pair.mid, pair.alpha) if name in file}
-    if lost := [pair.up for pair in found if pair.up not in file]:
+    kind.used = {name for pair in pairs for name in (pair.down, pair.up, pair.mid, pair.alpha) if name in file}
+    if lost := [pair.up for pair in pairs if pair.up not in file]:
         kind.problems.append(f"{len(lost)} layers lack their second matrix, first: {lost[0]}")
     if kind.base in BASES.values():
         kind.needs.append(f"a checkpoint of {kind.base}, then sd.load_lora({Path(file.path).name!r}, weight=1.0)")
@@ -79,49 +71,41 @@ def _lora(file: TensorFile) -> Kind | None:
     return kind
 
 
-def _lora_network(module: str) -> str:
-    if re.search(r"text_model|text_encoder|lora_te|encoder[._]layers", module):
-        return "text encoder" + (" 2" if re.search(r"te2_|text_encoder_2", module) else "")
-    if re.search(r"(down|up|input|output)_blocks|mid_block|middle_block|lora_unet|^unet\.", module):
-        return "U-Net"
-    return "transformer"
-
-
-def _alpha(file: TensorFile, found: list[Pair], ranks: list[int]) -> str:
-    stored = [pair.alpha for pair in found if pair.alpha in file and prod(file.shape(pair.alpha)) == 1]
+def _alpha(file: TensorFile, pairs: list[Pair], ranks: list[int]) -> str:
+    stored = [pair.alpha for pair in pairs if pair.alpha in file and prod(file.shape(pair.alpha)) == 1]
     alphas, source = {float(file[name].float().item()) for name in stored}, ""
     if not alphas:
-        config, place = peft_config(file)
-        said = (peft_alpha(config, pair.module, ranks[0]) for pair in found)
-        alphas, source = {alpha for alpha in said if alpha is not None}, f", says {place}"
+        config, source = peft_config(file)
+        declared = (peft_alpha(config, pair.module, ranks[0]) for pair in pairs)
+        alphas, source = {alpha for alpha in declared if alpha is not None}, f", says {source}"
     if not alphas:
         return "not in the file, which means alpha = rank (scale 1)"
     least, most = min(alphas), max(alphas)
-    said = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+    alpha = f"{least:g}" if least == most else f"{least:g} to {most:g}"
     scale = f" (scale alpha/rank = {least / ranks[0]:g})" if len(alphas) == len(ranks) == 1 and ranks[0] else ""
-    return said + scale + source
+    return alpha + scale + source
 
 
 # ---------------------------------------------------------------------------------------------------------- embeddings
 
 
 def _embedding(file: TensorFile) -> Kind | None:
-    layout = embeddings.layout_of(file)
+    layout = embedding_files.layout_of(file)
     if layout is None:
         return None
     vectors = {name: file.shape(name) for name in layout.vectors.values()}
-    if layout.name in (embeddings.DIFFUSERS, embeddings.BARE) and not _as_of_words(vectors):
+    if layout.name in (embedding_files.DIFFUSERS, embedding_files.BARE) and not _as_of_words(vectors):
         return None
     kind = Kind(f"a textual-inversion embedding ({layout.name})")
     kind.used = set(vectors) | {name for name in file if name.startswith("string_to_token.")}
     _name_token(kind, file, layout)
-    _describe_vectors(kind, list(vectors.values()), Path(file.path).name, sdxl=layout.name == embeddings.SDXL)
+    _describe_vectors(kind, list(vectors.values()), Path(file.path).name, sdxl=layout.name == embedding_files.SDXL)
     return kind
 
 
-def picture_kind(path: Path, name: str, shape: tuple[int, ...]) -> Kind:
-    """What a picture of A1111's is that carries vectors of this shape."""
-    kind = Kind("a picture that carries a textual-inversion embedding of A1111")
+def image_kind(path: Path, name: str, shape: tuple[int, ...]) -> Kind:
+    """What an image of A1111's is that carries vectors of this shape."""
+    kind = Kind("an image that carries a textual-inversion embedding of A1111")
     kind.facts["token"] = repr(name) if name else "none in it: by custom it is the file's name"
     _describe_vectors(kind, [shape], path.name)
     return kind
@@ -134,7 +118,7 @@ def _describe_vectors(kind: Kind, shapes: list[tuple[int, ...]], name: str, *, s
     kind.facts["vectors"] = ", ".join(f"{1 if len(s) == 1 else s[0]} of width {s[-1]}" for s in shapes)
     widths = {shape[-1] for shape in shapes}
     if sdxl or len(widths) > 1 or widths & SDXL_WIDTHS:
-        kind.base = _SDXL
+        kind.base = SDXL
         kind.problems.append(f"it is for SDXL: {_UNREAD}")
         return
     kind.base = BASES.get(min(widths), "")
@@ -149,9 +133,9 @@ def _as_of_words(vectors: dict[str, tuple[int, ...]]) -> bool:
     return (official or named) and all(prod(shape) <= 1024 * 1280 for shape in vectors.values())
 
 
-def _name_token(kind: Kind, file: TensorFile, layout: embeddings.Layout) -> None:
+def _name_token(kind: Kind, file: TensorFile, layout: embedding_files.Layout) -> None:
     named = isinstance(file.extra.get("name"), str) and file.extra["name"]
-    if layout.name in (embeddings.KOHYA, embeddings.SDXL, embeddings.BARE):
+    if layout.name in (embedding_files.KOHYA, embedding_files.SDXL, embedding_files.BARE):
         kind.facts["token"] = "none in the file: by custom it is the file's name"
     else:
         kind.facts["token"] = ", ".join(repr(token or "*") for token in layout.vectors)
@@ -164,30 +148,10 @@ def _name_token(kind: Kind, file: TensorFile, layout: embeddings.Layout) -> None
 
 # ------------------------------------------------------------------------------------------------------ other families
 
-# (what only they have among their names, kind), the first match wins
-_OTHERS = (
-    (r"conditioner\.embedders\.", "an SDXL checkpoint"),
-    (r"add_embedding\.linear_1\.", "an SDXL U-Net (diffusers layout)"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD3 checkpoint"),
-    (r"single_transformer_blocks\.", "a Flux transformer (diffusers layout)"),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux checkpoint"),
-    (r"transformer_blocks\.0\.attn\.add_k_proj\.", "an SD3 transformer (diffusers layout)"),
-    (r".*(motion_modules|time_mixer|temporal_transformer)", "a video model or a motion module"),
-    (r"(image_proj|ip_adapter)\.", "an IP-Adapter"),
-    (r"(adapter\.)?body\.\d+\.(block1|resnets)\.", "a T2I-Adapter"),
-    (r"(320|640|768|1024|1280)\.[01]\.linear\.", "a hypernetwork of A1111"),
-    (r"(params_ema\.|params\.)?(model\.1\.sub\.0\.|conv_first\.)", "an image upscaler (the ESRGAN family)"),
-    (r"((taesd_)?(en|de)coder\.)(layers\.)?\d+\.conv\.\d\.", "a TAESD (tiny autoencoder)"),
-    (r"encoder\.block\.0\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
-    (r"(special_care|concept)_embeds(_weights)?$", "a safety checker"),
-    (r"(blocks\.0\.)?(adaLN_modulation|adaln_single)\.", "a diffusion transformer (DiT, PixArt)"),
-)
-
 
 def _by_name(file: TensorFile) -> Kind | None:
-    for pattern, kind in _OTHERS:
-        if any(re.match(pattern, name) for name in file):
-            return Kind(kind, problems=[_UNREAD])
+    if foreign := foreign_checkpoint(file):
+        return Kind(foreign, problems=[_UNREAD])
     if len(file) and all(re.match(r"(optimizer(_states)?|state)\.", name) for name in file):
         why = "nothing in it can be run: its weights stand in another file of the same training"
         return Kind("the optimiser's state of a training run, without weights", problems=[why])

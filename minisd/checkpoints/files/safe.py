@@ -6,11 +6,9 @@ bytes; `minisd_header_sha256` covers the other metadata and the names, dtypes an
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import BinaryIO
 
@@ -28,6 +26,7 @@ from minisd.checkpoints.files.entries import (
     span,
 )
 from minisd.checkpoints.files.mapped import CHUNK, MappedFile
+from minisd.files import write_whole
 
 MAX_HEADER = 100_000_000  # the format's own limit, bytes
 DIGEST, HEADER_DIGEST = "minisd_sha256", "minisd_header_sha256"
@@ -122,27 +121,7 @@ def save_safetensors(
             raise ValueError(f"{path}: {name} is {given}; safetensors holds dense tensors with values: {known}")
     lines = _lines((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
-    with written_whole(path) as out:
-        _write(out, lines, tensors, metadata)
-
-
-@contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write to, beside the target, which it replaces at the end; on any failure the old one stays."""
-    target = os.path.realpath(path)
-    folder, base = os.path.split(target)
-    temporary = os.path.join(folder, f".{base}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} (nothing was changed)", os.fspath(path)) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    write_whole(path, lambda out: _write(out, lines, tensors, metadata), make_folder=False)
 
 
 def _write(out: BinaryIO, lines: list[Line], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from minisd.nn.attention import naive_attention, sdpa_attention
 from minisd.runtime.kernels.avx512 import avx512_attention
 from minisd.runtime.kernels.choice import choose
 from minisd.runtime.kernels.fused import fused_attention
@@ -14,7 +14,7 @@ from minisd.runtime.modes import needs_gradient
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, impl: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None, impl: str = "auto"
 ) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), i heads at a time.
 
@@ -42,15 +42,6 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _naive(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """The formula as the paper writes it: the form to read, and the reference of the tests."""
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("b n i d, b m i d -> b i n m", q.to(accumulate) * scale, k.to(accumulate))
-    if causal:
-        scores = scores.masked_fill(_future(scores), float("-inf"))
-    return torch.einsum("b i n m, b m i d -> b n i d", scores.softmax(-1), v.to(accumulate)).to(q.dtype)
-
-
 def _matmul(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """Three operations: product, softmax, product. For heads too wide to fuse (the VAE's 512), where n² scores fit.
 
@@ -64,16 +55,9 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
         accumulate = torch.promote_types(q.dtype, torch.float32)
         scores = (q.to(accumulate) * scale) @ k.to(accumulate).mT
     if causal:
-        scores = scores.masked_fill(_future(scores), float("-inf"))
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
     return rearrange(scores.softmax(-1).to(v.dtype) @ v, "(b i) n d -> b n i d", b=b, i=heads)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """PyTorch's fused attention; heads move in front of tokens as views, without a copy."""
-    # on rows that are not contiguous PyTorch silently writes all n² scores out, at five times the time
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    q, k, v = (rearrange(x, "b n i d -> b i n d") for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), "b i n d -> b n i d")
 
 
 def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -83,7 +67,7 @@ def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        return _sdpa(q.to(wide), k.to(wide), v.to(wide), causal, scale).to(q.dtype)
+        return sdpa_attention(q.to(wide), k.to(wide), v.to(wide), causal, scale).to(q.dtype)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -96,15 +80,10 @@ def _hopper(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
     return fused_attention(q, k, v, causal, scale, hopper=True)[0]
 
 
-def _future(scores: Tensor) -> Tensor:
-    """Which keys come after their query."""
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-
-
 IMPLEMENTATIONS = {
-    "naive": _naive,
+    "naive": naive_attention,
     "matmul": _matmul,
-    "sdpa": _sdpa,
+    "sdpa": sdpa_attention,
     "sdpa32": _sdpa32,
     "avx512": avx512_attention,
     "fused": _fused,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
 from minisd.config import ScheduleConfig, UNetConfig, from_dict
 from minisd.diffusion.gaussian import Chain, from_network, per_image
-from minisd.diffusion.losses import hybrid_loss
 from minisd.diffusion.prediction import clipped
 from minisd.diffusion.samplers import Step, ddim, ddpm
 from minisd.models.unet import Conditioning, UNet
@@ -28,6 +27,7 @@ from minisd.pipeline import build_schedule
 from minisd.tasks.images import grid, to_pil
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
+from minisd.training.improved_ddpm import hybrid_loss
 from minisd.training.loop import train
 from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
-from minisd.checkpoints.load import Checkpoint
-from minisd.config import ModelConfig, Settings
+from minisd.config import ModelConfig
 from minisd.diffusion.gaussian import per_image
-from minisd.eval.features import network_digest
 from minisd.models.clip import CLIPText
 from minisd.models.unet import Conditioning, UNet
 from minisd.models.vae import VAE
-from minisd.pipeline import StableDiffusion, build_schedule
+from minisd.pipeline import build_schedule
+from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks.images import grid
 from minisd.text.tokenizer import Tokenizer
 from minisd.training.data import Pictures
@@ -123,10 +123,10 @@ class LatentDiffusionRecipe:
         """The prompts of the config, drawn with the model as it is, by the code that draws every picture."""
         if not self.config.prompts:
             return None
-        networks = {"unet": self.unet, "vae": self.vae, "text": self.text}
-        sd = StableDiffusion(Checkpoint(self.config.model, networks, {}, []))
-        settings = Settings(steps=20, guidance_scale=self.config.guidance_scale, batch_size=8)
-        return grid(sd.txt2img(list(self.config.prompts), seed=0, settings=settings), columns=4)
+        sd = StableDiffusion(self.unet, self.vae, self.text, config=self.config.model)
+        scale = self.config.guidance_scale
+        images = sd.txt2img(list(self.config.prompts), steps=20, guidance_scale=scale, batch_size=8)
+        return grid(images, columns=4)
 
 
 def train_latent_diffusion(

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from minisd.checkpoints.load import Checkpoint, load_network
-from minisd.checkpoints.opening import WHOLE, open_checkpoint
+from minisd.checkpoints.networks import WHOLE
+from minisd.checkpoints.opening import open_checkpoint
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import MINI, ModelConfig
-from minisd.provenance.files import write_whole
+from minisd.files import write_whole
 from minisd.training.data import Augmentation, Pictures
 from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes

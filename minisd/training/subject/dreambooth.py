@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from minisd.checkpoints.save import save_checkpoint
-from minisd.pipeline import StableDiffusion
+from minisd.stable_diffusion import StableDiffusion
 from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.subject.photos import Photos

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minisd.adapters.lora import Lora, LowRank, save_lora
 from minisd.nn.transformer import PointwiseConv
-from minisd.pipeline import StableDiffusion
+from minisd.stable_diffusion import StableDiffusion
 from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes
 from minisd.training.subject.photos import Photos

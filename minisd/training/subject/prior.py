@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from minisd.config import Settings
-from minisd.eval.features import network_digest
-from minisd.pipeline import StableDiffusion
-from minisd.provenance.files import write_whole
+from minisd.checkpoints.digests import network_digest
+from minisd.files import write_whole
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 from minisd.tasks.images import load_image
 from minisd.training.parallel import Processes
 from minisd.training.subject.photos import Photos
@@ -36,7 +36,7 @@ class PriorConfig:
     count: int = 200
     prompt: str = "a {}"
     seed: int = 0
-    settings: Settings = field(default_factory=lambda: Settings(batch_size=4))
+    settings: Txt2Img = field(default_factory=lambda: Txt2Img(batch_size=4))
 
     def __post_init__(self):
         if self.weight < 0 or self.count < 1:
@@ -66,7 +66,9 @@ def drawn_class(
         missing = [i for i in range(0, config.count, size) if not all(path.exists() for path in paths[i : i + size])]
         for first in tqdm(missing, f"drawing {prompt!r}", unit="batch", disable=quiet or not missing):
             batch = paths[first : first + size]
-            images = sd.txt2img(prompt, num_images=len(batch), seed=config.seed + first, settings=config.settings)
+            images = sd.txt2img(
+                prompt, **vars(replace(config.settings, num_images=len(batch), seed=config.seed + first))
+            )
             for path, image in zip(batch, images, strict=True):
                 write_whole(path, lambda file, image=image: image.save(file, "PNG"))
     group.wait()

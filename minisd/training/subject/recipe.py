@@ -20,18 +20,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
-from minisd.config import Settings
 from minisd.diffusion.gaussian import per_image
 from minisd.diffusion.schedule import Schedule
-from minisd.eval.features import network_digest
+from minisd.files import write_whole
+from minisd.models.latents import encode_image
 from minisd.models.unet import Conditioning
 from minisd.models.vae import VAE
-from minisd.pipeline import StableDiffusion
-from minisd.provenance.files import write_whole
-from minisd.runtime.tuning import forget_file_pages
+from minisd.runtime.allocator import forget_file_pages
+from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks.images import grid
-from minisd.tasks.latents import encode_picture
 from minisd.training.draws import Draws
 from minisd.training.loop import train
 from minisd.training.loss import min_snr_weights
@@ -182,7 +181,7 @@ class SubjectRecipe:
         prior_weight: float = 1.0,
         scores: Scores | None = None,
     ):
-        sd.check_plain(f"{name} training")
+        sd.check_task(f"{name} training", "text-to-image")
         self.name, self.sd, self.config, self.folder, self.scores = name, sd, config, folder, scores
         self.phrase, self.precision, self.prior_weight = phrase, precision, prior_weight
         self.networks = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
@@ -263,11 +262,14 @@ class SubjectRecipe:
     def _drawn(self, phrase: str) -> list[Image.Image]:
         validation = self.config.validation
         prompts = [filled(prompt, phrase) for prompt in validation.prompts]
-        settings = Settings(
-            steps=validation.steps, guidance_scale=validation.guidance_scale, batch_size=validation.seeds
-        )
         with self._autocast():
-            return self.sd.txt2img(prompts, num_images=validation.seeds, seed=0, settings=settings)
+            return self.sd.txt2img(
+                prompts,
+                num_images=validation.seeds,
+                steps=validation.steps,
+                guidance_scale=validation.guidance_scale,
+                batch_size=validation.seeds,
+            )
 
     def _autocast(self) -> torch.autocast:
         """What the loop puts round the loss, for all else that runs the networks."""
@@ -345,9 +347,7 @@ def with_networks(sd: StableDiffusion, **networks: nn.Module) -> StableDiffusion
     """
     if sd.offload:
         raise ValueError("a model that was loaded with offload only draws: load it without, to train it")
-    added = {token: list(ids) for token, ids in sd.tokenizer.added_tokens.items()}
-    changed = replace(sd.checkpoint, networks=sd.checkpoint.networks | networks, added_tokens=added)
-    return StableDiffusion(changed)
+    return StableDiffusion.of(replace(sd.checkpoint, networks=sd.networks | networks))
 
 
 def filled(prompt: str, phrase: str) -> str:
@@ -383,7 +383,8 @@ def load_latents(photos: Photos, vae: VAE, path: Path, *, batch_size: int = 8) -
     n, views = photos.pixels.shape[:2]
     images = rearrange(torch.from_numpy(photos.pixels), "n v h w c -> (n v) c h w")
     starts = tqdm(range(0, n * views, batch_size), "latents", unit="batch", disable=n * views <= 4 * batch_size)
-    gaussians = [encode_picture(vae, images[i : i + batch_size].float() / 127.5 - 1) for i in starts]
+    device = vae.quant_conv.weight.device
+    gaussians = [encode_image(vae, images[i : i + batch_size].to(device).float() / 127.5 - 1) for i in starts]
     mean, std = (torch.cat([getattr(g, name).cpu() for g in gaussians]) for name in ("mean", "std"))
     mask = torch.ones(n * views, 1, *mean.shape[2:])
     if photos.masks is not None:

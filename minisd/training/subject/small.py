@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from minisd.config import Settings
-from minisd.pipeline import StableDiffusion
+from minisd.stable_diffusion import StableDiffusion
+from minisd.tasks import Txt2Img
 from minisd.training.options import LoopConfig
 from minisd.training.subject.dreambooth import DreamBoothConfig
 from minisd.training.subject.lora import LoRAConfig
@@ -36,7 +36,7 @@ def for_small_model(config: Config) -> Config:
 
     if isinstance(config, TextualInversionConfig):
         return replace(config, loop=loop(600, 5e-3), vectors=4)
-    prior = replace(config.prior, count=64, settings=Settings(steps=25, guidance_scale=5.0, batch_size=8))
+    prior = replace(config.prior, count=64, settings=Txt2Img(steps=25, guidance_scale=5.0, batch_size=8))
     if isinstance(config, LoRAConfig):
         return replace(config, prior=prior, loop=loop(500, 1e-3), rank=16, unet=LAYERS)
     return replace(config, prior=prior, loop=loop(400, 2e-4))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minisd.adapters.embeddings import save_embedding
-from minisd.pipeline import StableDiffusion
+from minisd.stable_diffusion import StableDiffusion
 from minisd.text.tokenizer import Tokenizer
 from minisd.training.options import RUN, LoopConfig, Run
 from minisd.training.parallel import ALONE, Processes

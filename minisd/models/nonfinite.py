@@ -14,15 +14,15 @@ class NonFiniteError(ValueError):
 
 def nonfinite_error(name: str, network: nn.Module, run: Callable[[], object], when: str = "") -> NonFiniteError:
     """The error to raise for a network called `name`; `run` calls it once more, on what it failed on."""
-    found = f"the {name} gave NaN or infinity{when and ' '}{when}"
+    problem = f"the {name} gave NaN or infinity{when and ' '}{when}"
     layer = first_nonfinite_layer(network, run)
     if layer is None:
         return NonFiniteError(
-            f"{found}, but no layer of it does when it runs again: look at the sampler, or at what wraps the network"
+            f"{problem}, but no layer of it does when it runs again: look at the sampler, or at what wraps the network"
         )
-    own = network.get_submodule(layer)
-    dtype = next((p.dtype for p in own.parameters()), torch.float32)
-    if not all(p.isfinite().all() for p in own.parameters()):
+    module = network.get_submodule(layer)
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    if not all(p.isfinite().all() for p in module.parameters()):
         why = "whose weights hold it: the file is damaged, `minisd inspect --verify` lists such tensors"
     elif dtype == torch.float16:
         why = "in float16, which ends at 65504: load with dtype=torch.bfloat16 or torch.float32"
@@ -30,17 +30,17 @@ def nonfinite_error(name: str, network: nn.Module, run: Callable[[], object], wh
         why = "in bfloat16: load with dtype=torch.float32"
     else:
         why = "though its weights are finite: is guidance_scale very large, or the model one of another kind?"
-    return NonFiniteError(f"{found}, first in the layer {layer}, {why}")
+    return NonFiniteError(f"{problem}, first in the layer {layer}, {why}")
 
 
 def first_nonfinite_layer(network: nn.Module, run: Callable[[], object]) -> str | None:
     """The name of the first layer whose output is not finite while `run` calls the network; None if all are."""
-    found: list[str] = []
+    names: list[str] = []
 
     def watch(name: str):
         def hook(module, args, output) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
+            if not names and isinstance(output, Tensor) and not output.isfinite().all():
+                names.append(name)
 
         return hook
 
@@ -52,4 +52,4 @@ def first_nonfinite_layer(network: nn.Module, run: Callable[[], object]) -> str 
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return names[0] if names else None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisd.runtime.modes import is_transformed, needs_gradient
 
@@ -19,20 +19,11 @@ SCRATCH = 2**23
 POINTS = 0, 3 / 4, -3 / 4, 3 / 2, -3 / 2
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution with padding 1."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        few = 64 if x.dtype == torch.float32 else 16  # where sums take longer, the reordering shows less
-        few_pixels = x.device.type == "cpu" and self.weight.numel() > few * x.numel()
-        return (conv3x3_as_product if few_pixels else conv3x3)(x, self.weight, self.bias)
-
-
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, *, padding: tuple[int, int] = (1, 1)) -> Tensor:
     """F.conv2d(x, weight, bias, padding=padding), up to rounding; x 'b c h w', weight 'o c 3 3'."""
+    few = 64 if x.dtype == torch.float32 else 16  # where sums take longer, the reordering shows less
+    if x.device.type == "cpu" and padding == (1, 1) and weight.numel() > few * x.numel():
+        return conv3x3_as_product(x, weight, bias)
     if fewer_products_are_quicker(x, weight, bias):
         return conv3x3_winograd(x, weight, bias, padding)
     return F.conv2d(x, weight, bias, padding=padding)

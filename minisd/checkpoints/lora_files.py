@@ -28,15 +28,6 @@ _UP = {
     "lora_linear_layer.down": "lora_linear_layer.up",
 }
 _LAYOUTS = {"lora_down": "kohya layout", "lora_A": "peft layout"}
-_NOT_PLAIN = (
-    (r"\.hada_w", "LoHa"),
-    (r"\.lokr_w", "LoKr"),
-    (r"\.dora_scale$|lora_magnitude", "DoRA"),
-    (r"\.[ab][12]\.weight$", "GLoRA"),
-    (r"\.oft_(blocks|diag)", "OFT"),
-    (r"\.on_input$", "IA3"),
-    (r"\.diff(_b)?$", "full-difference"),
-)
 _PREFIXES = re.compile(r"(base_model\.model\.|diffusion_model\.|unet\.|text_encoder\.|lora_unet_|lora_te1?_)+")
 METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's config
 PEFT_CONFIG = "adapter_config.json"  # where peft itself keeps it
@@ -61,49 +52,42 @@ class Pair:
         return f"{self.module}.alpha"
 
 
-def pairs(names: Iterable[str]) -> list[Pair]:
+def pairs_in(names: Iterable[str]) -> list[Pair]:
     """The layers that a file changes: one for each first matrix in it."""
-    found = []
+    pairs = []
     for name in names:
         if match := _DOWN.match(name):
             mark, end = next(filter(None, match.groups()[1:])), match.end(1)
-            found.append(Pair(match[1], mark, name, name[:end] + name[end:].replace(mark, _UP[mark])))
-    return found
+            pairs.append(Pair(match[1], mark, name, name[:end] + name[end:].replace(mark, _UP[mark])))
+    return pairs
 
 
-def layout_of(found: Iterable[Pair]) -> str:
-    marks = {pair.mark for pair in found}
+def layout_of(pairs: Iterable[Pair]) -> str:
+    marks = {pair.mark for pair in pairs}
     return next((_LAYOUTS[mark] for mark in _LAYOUTS if mark in marks), "old diffusers layout")
 
 
-def variants(names: Iterable[str]) -> list[str]:
-    """The kinds of adapter in a file that are more than two matrices to a layer."""
-    names = list(names)
-    return [kind for pattern, kind in _NOT_PLAIN if any(re.search(pattern, name) for name in names)]
+def network_of(module: str) -> str:
+    """The network that a layer belongs to, by its name in a file alone."""
+    if re.search(r"text_model|text_encoder|lora_te|encoder[._]layers", module):
+        return "text encoder" + (" 2" if re.search(r"te2_|text_encoder_2", module) else "")
+    if re.search(r"(down|up|input|output)_blocks|mid_block|middle_block|lora_unet|^unet\.", module):
+        return "U-Net"
+    return "transformer"
 
 
-def text_width(file: TensorFile, found: Iterable[Pair]) -> int | None:
+def text_width(file: TensorFile, pairs: Iterable[Pair]) -> int | None:
     """The width of the text states that the file's layers read: told by cross-attention, else by the text encoder."""
-    shapes = {pair.module: file.shape(pair.down) for pair in found}
+    shapes = {pair.module: file.shape(pair.down) for pair in pairs}
     context = {s[1] for module, s in shapes.items() if re.search(r"attn2.*to_[kv]$", module) and len(s) > 1}
     text = {s[1] for module, s in shapes.items() if re.search(r"self_attn.*[qkv](_proj)?$", module) and len(s) > 1}
     return min(context or text, default=None)
 
 
-def other_model(names: Iterable[str]) -> str:
-    """A family whose layers have other names than Stable Diffusion's 1.x and 2.x; "" if they have not."""
-    names = list(names)
-    if any(re.search(r"lora_te2_|text_encoder_2", name) for name in names):
-        return "SDXL"
-    if any(re.search(r"(double|single|joint)_(transformer_)?blocks", name) for name in names):
-        return "Flux or SD3"
-    return ""
-
-
 # ------------------------------------------------------------------------------------------------ file names and ours
 
 
-def our_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+def names_from_official(networks: Mapping[str, nn.Module]) -> dict[str, str]:
     """What files call the layers that a LoRA can change, dots as underscores → ours: "unet." or "text." and the path.
 
     networks: "unet" and "text", as in a checkpoint.
@@ -116,7 +100,7 @@ def our_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
     return names
 
 
-def their_names(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+def names_to_official(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     """Ours → (the network's name, the layer's path) in diffusers and Hugging Face's CLIP: what written files use."""
     dialects = {"unet": ("unet", "diffusers"), "text": ("text_encoder", "hf")}
     return {
@@ -127,7 +111,7 @@ def their_names(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
 
 
 def flat_name(module: str) -> str:
-    """A layer as a file calls it, as `our_names` has it: without the network, dots as underscores."""
+    """A layer as a file calls it, as `names_from_official` has it: without the network, dots as underscores."""
     return _PREFIXES.sub("", module, count=1).replace(".processor.", ".").replace(".", "_")
 
 
@@ -155,15 +139,15 @@ def peft_config(file: TensorFile) -> tuple[dict, str]:
 
     Keys have the network before them, "unet.r", in the metadata only.
     """
-    text, place = file.metadata.get(METADATA), "the metadata"
+    text, source = file.metadata.get(METADATA), "the metadata"
     beside = Path(file.path).with_name(PEFT_CONFIG)
     try:
         if text is None and beside.is_file() and any(name.startswith("base_model.model.") for name in file):
-            text, place = beside.read_text(encoding="utf-8"), PEFT_CONFIG
+            text, source = beside.read_text(encoding="utf-8"), PEFT_CONFIG
         config = json.loads(text or "{}")
     except (ValueError, OSError, RecursionError):
         return {}, ""  # not readable: then it says nothing
-    return (config, place) if isinstance(config, dict) else ({}, "")
+    return (config, source) if isinstance(config, dict) else ({}, "")
 
 
 def peft_alpha(config: Mapping, module: str, rank: int) -> float | None:

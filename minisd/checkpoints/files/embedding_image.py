@@ -1,8 +1,8 @@
-"""A1111's pictures that carry an embedding: as text in a PNG's chunk, or in the low bits of strips at its sides.
+"""A1111's images that carry an embedding: as text in a PNG's chunk, or in the low bits of strips at its sides.
 
 The content is that of the .pt file as JSON, tensors as {"TORCHTENSOR": nested lists}. In the pixels it is compressed,
 its low half-bytes in the left strip and its high ones in the right, each XORed with a fixed random sequence; a black
-column parts a strip from the picture (AUTOMATIC1111's modules/textual_inversion/image_embedding.py).
+column parts a strip from the image (AUTOMATIC1111's modules/textual_inversion/image_embedding.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minisd.checkpoints.files import CheckpointError
+from minisd.checkpoints.files.entries import CheckpointError
 
 CHUNK = "sd-ti-embedding"
 MAX_JSON = 1 << 26  # bytes; 75 vectors of 1024 take 1.7 MB
@@ -31,28 +31,28 @@ def is_png(path: str | os.PathLike) -> bool:
         return False  # the reader of other files says why
 
 
-def read_picture(path: str | os.PathLike) -> tuple[str, Tensor]:
-    """(name or "", vectors in float32) of a picture. CheckpointError where it carries none, or a bad one."""
+def read_image(path: str | os.PathLike) -> tuple[str, Tensor]:
+    """(name or "", vectors in float32) of an image. CheckpointError where it carries none, or a bad one."""
     try:
         with Image.open(path) as image:
             image.load()
             text, pixels = image.info.get(CHUNK), np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CheckpointError(f"{path}: not a readable picture ({error})") from error
+        raise CheckpointError(f"{path}: not a readable image ({error})") from error
     content = _from_pixels(pixels) if text is None else text
     if content is None:
-        raise CheckpointError(f"{path}: a picture that carries no embedding, neither as text nor in its pixels")
+        raise CheckpointError(f"{path}: an image that carries no embedding, neither as text nor in its pixels")
     try:
         data = json.loads(content if text is None else base64.b64decode(content, validate=True))
         (stored,) = data["string_to_param"].values()
         vectors = torch.tensor(stored["TORCHTENSOR"], dtype=torch.float32)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the embedding in this picture is damaged ({error})") from error
+        raise CheckpointError(f"{path}: the embedding in this image is damaged ({error})") from error
     return (data["name"] if isinstance(data.get("name"), str) else ""), vectors
 
 
 def _from_pixels(pixels: np.ndarray) -> bytes | None:
-    """The hidden JSON of a picture 'h w 3'; None where there is none."""
+    """The hidden JSON of an image 'h w 3'; None where there is none."""
     filled = (pixels > 0).all(axis=2)
     if not filled.any():
         return None
