@@ -18,7 +18,7 @@ class Joinable(Protocol):
     """Conditions of a batch; `type(cond).cat([uncond, cond])` is the batch of both."""
 
     @classmethod
-    def cat(cls, parts: list) -> "Joinable": ...
+    def cat(cls: type[Cond], conds: Sequence[Cond]) -> Cond: ...
 
 
 def guided(
@@ -51,14 +51,14 @@ def guided(
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale}: it lies in [0, 1]")
 
-    both = type(cond).cat([uncond, cond]) if joined and (scale != 1).any() else None
+    both = type(cond).cat([uncond, cond]) if joined and uncond is not None and (scale != 1).any() else None
 
     def model(x_t: Tensor, t: Time) -> Tensor:
         w = scale if interval is None else torch.where(_within(t, interval), scale, 1.0)
         x = x_t if dtype is None else x_t.to(dtype)
-        if (w == 1).all():
+        if uncond is None or (w == 1).all():
             return network(x, t, cond).to(x_t.dtype)
-        if joined:
+        if both is not None:
             t_both = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
             out_u, out_c = network(torch.cat([x, x]), t_both, both).chunk(2)
         else:

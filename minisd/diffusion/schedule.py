@@ -148,7 +148,7 @@ def weighted_sum(*terms: Tensor) -> Tensor:
     Half-precision tensors are summed in float32 and rounded once: the coefficients reach from 1e-4 to 1e4.
     """
     coefficients, tensors = terms[::2], terms[1::2]
-    total = sum(expand(a, x) * x for a, x in zip(coefficients, tensors, strict=True))
+    total = reduce(torch.add, (expand(a, x) * x for a, x in zip(coefficients, tensors, strict=True)))
     return total.to(reduce(torch.promote_types, (x.dtype for x in tensors)))
 
 

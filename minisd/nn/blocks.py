@@ -37,6 +37,7 @@ class ResBlock(nn.Module):
         # in place, where nothing else reads what is overwritten: at large sizes a new tensor costs more than the sum
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.emb is not None:
+            assert emb is not None
             h += self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(self.skip(x))
