@@ -74,7 +74,7 @@ class UNetConfig:
     attn_norm_eps: float = 1e-6
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.num_heads is None) == (self.head_width is None):
             raise ValueError(
                 f"a U-Net has its heads by number or by width, not both: num_heads={self.num_heads}, "

@@ -98,7 +98,7 @@ class LatentDiffusion:
         """
         if network is None:  # the U-Net alone is sure to want its own keys and values, the same at every step
             network = self.unet
-            cond, uncond = (c and self.unet.with_keys_values(c) for c in (cond, uncond))
+            cond, uncond = self.unet.with_keys_values(cond), uncond and self.unet.with_keys_values(uncond)
         guided_network = guided(
             network,
             cond,
@@ -123,7 +123,7 @@ class LatentDiffusion:
 
     # ---------------------------------------------------------------------------- what tasks ask before they begin
 
-    def timesteps(self, steps: int, spacing: str = "leading", T: int | None = None) -> list[Time]:
+    def timesteps(self, steps: int, spacing: str = "leading", T: int | None = None) -> Sequence[Time]:
         """The falling times to visit of the schedule's first T, of all by default.
 
         spacing: see `diffusion.spacing.timesteps`; "karras" is a ladder of σ, and its times are real.

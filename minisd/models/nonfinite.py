@@ -37,8 +37,8 @@ def first_nonfinite_layer(network: nn.Module, run: Callable[[], object]) -> str 
     """The name of the first layer whose output is not finite while `run` calls the network; None if all are."""
     names: list[str] = []
 
-    def watch(name: str):
-        def hook(module, args, output) -> None:
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
             if not names and isinstance(output, Tensor) and not output.isfinite().all():
                 names.append(name)
 

@@ -26,9 +26,11 @@ from minisd.config import VAEConfig
 from minisd.models.vae import VAE, DiagonalGaussian, check_sides
 from minisd.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample
 
+Device = torch.device | str | None
+
 
 @torch.no_grad()
-def tiled_decode(vae: VAE, latents: Tensor, *, rows: int = 64, offload: torch.device | str | None = None) -> Tensor:
+def tiled_decode(vae: VAE, latents: Tensor, *, rows: int = 64, offload: Device = None) -> Tensor:
     """vae.decode(latents), stripe by stripe: U-Net latents 'b c h w' → image 'b 3 H W' in about [-1, 1], no gradients.
 
     rows: image rows per stripe, a multiple of vae.config.factor; fewer take less memory and more time. offload: the
@@ -40,9 +42,7 @@ def tiled_decode(vae: VAE, latents: Tensor, *, rows: int = 64, offload: torch.de
 
 
 @torch.no_grad()
-def tiled_encode(
-    vae: VAE, image: Tensor, *, rows: int = 64, offload: torch.device | str | None = None
-) -> DiagonalGaussian:
+def tiled_encode(vae: VAE, image: Tensor, *, rows: int = 64, offload: Device = None) -> DiagonalGaussian:
     """vae.encode(image), stripe by stripe; rows, offload and errors as in `tiled_decode`, and those of vae.encode."""
     _check(vae, "image", image, rows)
     check_sides(image, vae.config.factor)
@@ -50,7 +50,7 @@ def tiled_encode(
     return DiagonalGaussian.from_moments(moments, vae.config)
 
 
-def _decode(vae: VAE, latents: Tensor, rows: int, offload) -> Tensor:
+def _decode(vae: VAE, latents: Tensor, rows: int, offload: Device) -> Tensor:
     decoder = vae.decoder
     whole = decoder.mid(decoder.conv_in(vae.post_quant_conv(latents / vae.config.scale_factor)))
     x = iter(whole.split(rows, dim=2))
@@ -64,7 +64,7 @@ def _decode(vae: VAE, latents: Tensor, rows: int, offload) -> Tensor:
     return torch.cat(list(convolve(decoder.conv_out, x)), dim=2)
 
 
-def _moments(vae: VAE, image: Tensor, rows: int, offload) -> Tensor:
+def _moments(vae: VAE, image: Tensor, rows: int, offload: Device) -> Tensor:
     encoder = vae.encoder
     x = convolve(encoder.conv_in, image.split(rows, dim=2))
     for down in encoder.down:
@@ -87,11 +87,11 @@ def values_per_pixel(config: VAEConfig) -> float:
     return max(max(2 * width, wide) / 4**level for level, (width, wide) in enumerate(zip(widths, below, strict=True)))
 
 
-def res_block(block: ResBlock, stripes: Iterable[Tensor], offload=None) -> Iterator[Tensor]:
+def res_block(block: ResBlock, stripes: Iterable[Tensor], offload: Device = None) -> Iterator[Tensor]:
     """ResBlock.forward without an embedding. The input is given up, stripe by stripe, for skip and hidden map."""
-    skips = deque()
+    skips: deque[Tensor] = deque()
 
-    def hidden():
+    def hidden() -> Iterator[Tensor]:
         for x, activated in norm_silu(block.norm1, stripes, offload):
             skips.append(block.skip(x).to(offload or x.device))
             yield activated
@@ -131,7 +131,7 @@ def with_halo(stripes: Iterable[Tensor], *, above: bool = True) -> Iterator[Tens
         upper, stripe = stripe[:, :, -1:].clone(), following
 
 
-def norm_silu(norm: nn.GroupNorm, stripes: Iterable[Tensor], offload=None) -> Iterator[tuple[Tensor, Tensor]]:
+def norm_silu(norm: nn.GroupNorm, stripes: Iterable[Tensor], offload: Device = None) -> Iterator[tuple[Tensor, Tensor]]:
     """(x, silu(norm(x))) for each stripe x, once all have come and the statistics of the whole picture are known."""
     waiting, counts, variances, means = deque(), [], [], []
     for x in stripes:

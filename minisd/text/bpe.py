@@ -28,7 +28,7 @@ def byte_pairs(word: str) -> tuple[int, ...]:
     while possible := [merges[pair] for pair in pairwise(ids) if pair in merges]:
         earliest, merged, i = min(possible), [], 0
         while i < len(ids):
-            fits = merges.get(tuple(ids[i : i + 2])) == earliest
+            fits = i + 1 < len(ids) and merges.get((ids[i], ids[i + 1])) == earliest
             merged.append(earliest if fits else ids[i])
             i += 2 if fits else 1
         ids = merged

@@ -155,8 +155,9 @@ def _runs_a1111(tokenizer: Tokenizer, fragments: list[tuple[str, float]]) -> lis
                     comma_at = len(runs[-1])
                 while runs[-1] and len(runs[-1]) + len(ids) > room:
                     run = runs.pop()
-                    wraps = comma_at is not None and len(run) == room and room - comma_at <= COMMA_WINDOW
-                    end = comma_at + 1 if wraps else len(run)
+                    end = len(run)
+                    if comma_at is not None and len(run) == room and room - comma_at <= COMMA_WINDOW:
+                        end = comma_at + 1
                     runs += [run[:end], run[end:]]
                     comma_at = None
                 runs[-1] += [(i, weight) for i in ids]
@@ -233,7 +234,7 @@ def _parse_a1111(prompt: str) -> list[tuple[str, float]]:
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
-    def close(bracket: str, factor: float):
+    def close(bracket: str, factor: float) -> None:
         start = opened[bracket].pop()
         pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
 

@@ -12,6 +12,7 @@ import html
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from re import Pattern
 from typing import TYPE_CHECKING
 
 from minisd.text.bpe import byte_pairs, vocabulary
@@ -212,7 +213,7 @@ def _repair(text: str) -> str:
 
 
 @lru_cache
-def _word_pattern(dialect: str):
+def _word_pattern(dialect: str) -> Pattern[str]:
     import regex
 
     specials = "|".join(regex.escape(word) for word in SPECIALS[dialect])
@@ -221,7 +222,7 @@ def _word_pattern(dialect: str):
 
 
 @lru_cache
-def _placeholder_pattern(tokens: tuple[str, ...]):
+def _placeholder_pattern(tokens: tuple[str, ...]) -> Pattern[str]:
     import regex
 
     def whole(token: str) -> str:

@@ -51,7 +51,7 @@ def get_sampler(sampler: str | Sampler, eta: float | None = None) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
     own = options_of(name)
-    options = {} if eta is None else {"eta": eta}
+    options: dict[str, float | int | str] = {} if eta is None else {"eta": eta}
     if eta is not None and "eta" not in own:
         have = ", ".join(other for other in SAMPLERS if "eta" in options_of(other))
         raise ValueError(f"eta={eta} belongs to {have}, not to {name}: leave it out")
