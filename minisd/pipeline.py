@@ -124,7 +124,7 @@ class LatentDiffusion:
 
     # ---------------------------------------------------------------------------- what tasks ask before they begin
 
-    def timesteps(self, steps: int, spacing: str = "leading", T: int | None = None) -> list[Time]:
+    def timesteps(self, steps: int, spacing: str = "leading", T: int | None = None) -> Sequence[Time]:
         """The falling times to visit of the schedule's first T, of all by default.
 
         spacing: see `diffusion.spacing.timesteps`; "karras" is a ladder of σ, and its times are real.

@@ -33,7 +33,8 @@ from emulated import Emulator  # noqa: E402
 from minisd.bench.attention import SHAPES, AttentionShape, bench_attention, timer  # noqa: E402
 from minisd.bench.options import BenchOptions  # noqa: E402
 from minisd.bench.pairs import relative_error  # noqa: E402
-from minisd.bench.report import BenchReport, publish  # noqa: E402
+from minisd.bench.publish import publish  # noqa: E402
+from minisd.bench.report import BenchReport  # noqa: E402
 from minisd.runtime.kernels import attention, fused, launch  # noqa: E402
 from minisd.runtime.kernels.choice import MEASURED  # noqa: E402
 from minisd.runtime.kernels.nvrtc import arch_of, compile_kernel  # noqa: E402

@@ -21,7 +21,8 @@ from minisd.bench.options import BenchOptions, ImageBenchOptions
 from minisd.bench.pairs import ContenderResult, MeasuredCase, interval, relative_error
 from minisd.bench.peers import select, with_known_peers
 from minisd.bench.process import Worker, WorkerError, in_fresh_process, resident
-from minisd.bench.report import BenchReport, publish
+from minisd.bench.publish import publish
+from minisd.bench.report import BenchReport
 from minisd.bench.startup import profile
 from minisd.bench.weights import write_random_folder
 from minisd.cli import main

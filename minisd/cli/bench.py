@@ -143,6 +143,6 @@ def check(options: BenchOptions) -> None:
 
 
 def publish(reports: Iterable[BenchReport], options: BenchOptions) -> int:
-    from minisd.bench.report import publish
+    from minisd.bench.publish import publish
 
     return publish(reports, options)

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ · scale) v: written out for reading, and in fast implementations; a test holds them equal."""
+"""softmax(q kᵀ · scale) v in every implementation, chosen by name or by measurement; a test holds them equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def attention(
     softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
     impl: "auto" or a name in IMPLEMENTATIONS; "fused", this package's CUDA kernels, and "hopper", with a forward for
     the H100 and H200, take fp16 and bf16 on a GPU, and no causal mask; "avx512", for CPUs, takes float32 and bf16, no
-    causal mask, and has no gradient. "auto" is PyTorch's own, except where another was measured to be quicker
+    causal mask, and has no gradient. "auto" is PyTorch's own, except where another was measured to be faster
     (choice.py). ValueError for an unknown impl, shapes that do not fit, and where these cannot run.
     """
     check_shapes(q, k, v)
@@ -61,7 +61,7 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tens
 
 
 def _sdpa32(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """PyTorch's fused attention on copies in float32: on a CPU its backward in half precision is several times slower.
+    """PyTorch's fused attention on copies in float32: on a CPU its backward in half precision is slow over few keys.
 
     Wider inputs stay as they are. Autocast, which would turn the copies back into half precision, is kept out.
     """
