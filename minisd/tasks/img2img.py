@@ -59,7 +59,9 @@ class Img2Img(Options):
             yield Sampling(sd, self, batch, x_t, timesteps, steps, finish)
 
 
-def partial_timesteps(sd: LatentDiffusion, options: Options, strength: float, exact_steps: bool = False) -> list[Time]:
+def partial_timesteps(
+    sd: LatentDiffusion, options: Options, strength: float, exact_steps: bool = False
+) -> Sequence[Time]:
     """The timesteps of a denoising strength s: the last ⌊n·s⌋ of n, or, where exact_steps, n below T·s."""
     steps, below = options.steps, round(sd.schedule.num_timesteps * strength)
     spacing = options.spacing or "leading"

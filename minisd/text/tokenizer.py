@@ -12,7 +12,6 @@ import html
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from re import Pattern
 from typing import TYPE_CHECKING
 
 from minisd.text.bpe import byte_pairs, vocabulary
