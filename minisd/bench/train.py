@@ -180,8 +180,6 @@ def bench_train(
         TrainingStep(
             config, load_method(name).command, size, batch, options.dtype, options.device, gradient_checkpointing
         )
-            config, load_method(name).command, size, batch, options.dtype, options.device, gradient_checkpointing
-        )
         for name, (size, batch) in product(methods, list(options.cases(config)))
     ]
     contenders = select(CONTENDERS, options.peers)
