@@ -1,14 +1,12 @@
 """What a model is made of: frozen dataclasses, and presets that state only their difference from SD1.
 
-Torch-free, so that the command line and its help never wait for it. A config travels as JSON in the metadata of every
-file that minisd saves (`ModelConfig.to_json`, `ModelConfig.from_json`).
+Torch-free, so that the command line and its help never wait for it.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 Prediction = Literal["eps", "v", "x_0"]
 Task = Literal["text-to-image", "inpainting", "depth-to-image", "pix2pix", "upscaling", "image-variation"]
@@ -249,16 +247,6 @@ class ModelConfig:
     prediction: Prediction = "eps"
     image_size: int = 512
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> ModelConfig:
-        """The inverse of to_json. ValueError for unknown or ill-typed fields: a typo must not pass for a default."""
-        values = json.loads(text)
-        config = from_dict(cls, values)
-        return config if "task" in values else replace(config, task=task_of_shapes(config.unet, config.vae))
-
 
 TASK_INPUTS: dict[Task, str] = {
     "text-to-image": "nothing more",
@@ -268,49 +256,6 @@ TASK_INPUTS: dict[Task, str] = {
     "upscaling": "concat: the noised low-resolution RGB image; y: its noise level",
     "image-variation": "y: a CLIP image embedding and the embedding of its noise level",
 }
-
-
-def task_of_shapes(unet: UNetConfig, vae: VAEConfig) -> Task:
-    """For files that do not say their task: those of unofficial shapes, and minisd's own of before configs had it."""
-    if unet.vector_dim is not None:
-        return "image-variation"
-    further: dict[int, Task] = {5: "inpainting", 1: "depth-to-image", 4: "pix2pix", 3: "upscaling"}
-    return further.get(unet.in_channels - vae.latent_channels, "text-to-image")
-
-
-def from_dict(cls: Any, values: Any) -> Any:
-    """Build the (nested) config dataclass cls from plain JSON values, refusing fields that it does not have."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{cls.__name__} must be an object, got {values!r}")
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    hints = get_type_hints(cls)
-    return cls(**{name: _decode(hints[name], value, f"{cls.__name__}.{name}") for name, value in values.items()})
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    options = get_args(hint)
-    if is_dataclass(hint):
-        return from_dict(hint, value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and not options:
-        if type(value) is not hint:
-            raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
-        return value
-    if get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} must be a list, got {value!r}")
-        if options[-1] is not Ellipsis and len(value) != len(options):
-            raise ValueError(f"{where} must have {len(options)} values, got {value!r}")
-        return tuple(_decode(options[0], v, where) for v in value)
-    if get_origin(hint) is Literal:
-        if value not in options:
-            raise ValueError(f"{where} is {value!r}; allowed: {', '.join(map(repr, options))}")
-        return value
-    # what is left is Optional[...]
-    return None if value is None else _decode(next(o for o in options if o is not type(None)), value, where)
 
 
 _OPENCLIP_H_TEXT = CLIPTextConfig(

@@ -15,7 +15,7 @@ from minisd.diffusion.guidance import guided
 from minisd.diffusion.prediction import Model, as_model
 from minisd.diffusion.schedule import Schedule, Time, cosine_betas, linear_betas, scaled_linear_betas, zero_terminal_snr
 from minisd.diffusion.spacing import karras_sigmas, timesteps
-from minisd.models.clip import CLIPText, CLIPVision
+from minisd.models.clip import CLIPText
 from minisd.models.latents import decode_latents, encode_image
 from minisd.models.nonfinite import nonfinite_error
 from minisd.models.unet import Conditioning, UNet
@@ -40,10 +40,8 @@ class LatentDiffusion:
         tokenizer: Tokenizer,
         schedule: Schedule,
         config: ModelConfig,
-        *,
-        vision_encoder: CLIPVision | None = None,
     ):
-        self.unet, self.vae, self.text_encoder, self.vision_encoder = unet, vae, text_encoder, vision_encoder
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.schedule, self.config = tokenizer, schedule, config
 
     @property

@@ -20,7 +20,8 @@ from minisd.checkpoints.load import Checkpoint, load_checkpoint, load_network
 from minisd.checkpoints.save import save_checkpoint
 from minisd.config import ModelConfig, Prediction
 from minisd.diffusion.schedule import Schedule
-from minisd.models.clip import CLIPText, CLIPVision
+from minisd.family.clip_vision import CLIPVision
+from minisd.models.clip import CLIPText
 from minisd.models.controlnet import ControlNet
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
@@ -60,8 +61,8 @@ class StableDiffusion(LatentDiffusion):
         text = config.text
         tokenizer = tokenizer or Tokenizer(length=text.length, pad_id=text.pad_id, dialect=text.dialect)
         schedule = schedule or build_schedule(config.schedule)
-        super().__init__(unet, vae, text_encoder, tokenizer, schedule, config, vision_encoder=vision_encoder)
-        self.origin = origin
+        super().__init__(unet, vae, text_encoder, tokenizer, schedule, config)
+        self.vision_encoder, self.origin = vision_encoder, origin
         self.offload: Offload | None = None
         self.loras = MergedLoras({"unet": self.unet, "text": self.text_encoder})
 

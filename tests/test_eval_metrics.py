@@ -27,7 +27,8 @@ from minisd.eval.reconstruction import psnr, quantized, ssim
 from minisd.eval.retrieval import chance, found, ranks, thumbnails
 from minisd.eval.subject import SubjectScorer, diversity_of
 from minisd.family import dino
-from minisd.models.clip import CLIPText, CLIPVision
+from minisd.family.clip_vision import CLIPVision
+from minisd.models.clip import CLIPText
 from minisd.tasks.images import to_pil, to_tensor
 from minisd.text.tokenizer import Tokenizer
 

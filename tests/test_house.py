@@ -20,7 +20,7 @@ CORE = [  # first match wins; a row may import from itself and from those before
 ]
 ROWS = [
     *CORE,
-    ("minisd.files",),
+    ("minisd.files", "minisd.schema"),
     ("minisd.runtime",),
     ("minisd.family",),
     ("minisd.checkpoints",),

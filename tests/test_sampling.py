@@ -44,7 +44,7 @@ def test_the_preview_of_the_last_step_of_euler_is_the_picture():
 
 def test_a_batch_knows_its_prompts_and_seeds():
     samplings = list(txt2img(SD, ["a", "b"], negative_prompt=["c", "d"], num_images=2, seed=9, steps=1, batch_size=3))
-    assert [list(zip(s.seeds, s.prompts, s.negative_prompts, strict=True)) for s in samplings] == [
+    assert [list(zip(s.batch.seeds, s.batch.prompts, s.batch.negative_prompts, strict=True)) for s in samplings] == [
         [(9, "a", "c"), (10, "a", "c"), (11, "b", "d")],
         [(12, "b", "d")],
     ]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minisd.config import VAEConfig
-from minisd.models.tiling import norm_silu, tiled_decode, tiled_encode, values_per_pixel
+from minisd.models.tiling import norm_silu, tiled_decode, tiled_encode
 from minisd.models.vae import VAE
 
 TINY = VAEConfig(channels=8, norm_groups=4, channel_mult=(1, 2, 3, 2), num_res_blocks=1)
@@ -189,6 +189,17 @@ def test_a_batch_takes_no_more_memory_than_its_pictures():
     vae = make(LARGE, torch.float32)
     one, four = (peak_of(tiled_decode, vae, random_latents(LARGE, 32, 4, b, torch.float32), rows=8) for b in (1, 4))
     assert four - one < 2 * 4 * 4 * 3 * (32 * 4 * LARGE.factor**2)
+
+
+def values_per_pixel(config: VAEConfig) -> float:
+    """How many values wait per image pixel at most: the decoder's and the encoder's peak, without the stripes in work.
+
+    At level l, of 4^l times fewer pixels, a residual block keeps its skip and its hidden map, 2·c_l channels together,
+    and what the decoder brought up from below to feed the first of them had c_{l+1}.
+    """
+    widths = [config.channels * mult for mult in config.channel_mult]
+    below = [*widths[1:], 0]
+    return max(max(2 * width, wide) / 4**level for level, (width, wide) in enumerate(zip(widths, below, strict=True)))
 
 
 def test_stable_diffusion_waits_with_256_values_per_pixel():

@@ -16,10 +16,11 @@ from training_tiny import DDPM, LOOP, MINI, MODEL, RUN, frozen_networks, picture
 import minisd
 from minisd.checkpoints.load import load_checkpoint
 from minisd.checkpoints.save import save_checkpoint
-from minisd.config import ScheduleConfig, VAEConfig, from_dict
+from minisd.config import ScheduleConfig, VAEConfig
 from minisd.models.vae import VAE, DiagonalGaussian
 from minisd.nn.blocks import ResBlock
 from minisd.pipeline import build_schedule
+from minisd.schema import from_dict
 from minisd.text.tokenizer import Tokenizer
 from minisd.training.data import Augmentation, Pictures
 from minisd.training.draws import Draws
@@ -559,7 +560,8 @@ def test_a_prompt_of_words_that_no_caption_had_is_drawn_with_a_warning_that_name
 
 
 def test_the_plan_of_the_mini_model_fits_forty_megabytes_without_the_unused_rows():
-    from minisd.models.clip import CLIPText, CLIPVision
+    from minisd.family.clip_vision import CLIPVision
+    from minisd.models.clip import CLIPText
     from minisd.models.unet import UNet
 
     config = mini_config()

@@ -13,7 +13,7 @@ from minisd.config import (
     Prediction,
     ScheduleConfig,
 )
-from minisd.models.clip import IMAGE_MEAN, IMAGE_STD
+from minisd.family.clip_vision import IMAGE_MEAN, IMAGE_STD
 from minisd.text.bpe import merge_lines, vocabulary
 from minisd.text.tokenizer import BOS, EOS, SPECIALS, Tokenizer
 

@@ -12,7 +12,7 @@ from typing import Literal
 from minisd.checkpoints.detect import Contents, account, contents
 from minisd.checkpoints.diffusers_layout import EXTRA, Folder, open_folder
 from minisd.checkpoints.evidence import prediction_of
-from minisd.checkpoints.families import model_config
+from minisd.checkpoints.families import config_from_json, model_config
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.checkpoints.networks import NETWORKS, WHOLE
 from minisd.checkpoints.networks.format import NEVER_RUN, Renamed
@@ -178,7 +178,7 @@ def _declared(opened: Opened, config: ModelConfig | None) -> ModelConfig | None:
     if CONFIG_KEY not in opened.metadata:
         return None
     try:
-        config = ModelConfig.from_json(opened.metadata[CONFIG_KEY])
+        config = config_from_json(opened.metadata[CONFIG_KEY])
     except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{opened.path}: the config in its metadata is not readable: {error}") from error
     opened.prediction = config.prediction, opened.metadata.get(EVIDENCE_KEY) or "minisd's metadata"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minisd.checkpoints.diffusers_layout import EXTRA, NORMALIZER
 from minisd.checkpoints.diffusers_write import folder_files, is_unclip
+from minisd.checkpoints.families import config_to_json
 from minisd.checkpoints.files import folded, save_safetensors
 from minisd.checkpoints.keymaps import keymap, to_official
 from minisd.checkpoints.load import Checkpoint
@@ -134,7 +135,11 @@ def _normalizer(config: ModelConfig, extra: Mapping[str, Tensor]) -> dict[str, T
 
 
 def metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
-    result = {"format": "pt", CONFIG_KEY: checkpoint.config.to_json(), EVIDENCE_KEY: checkpoint.prediction_evidence}
+    result = {
+        "format": "pt",
+        CONFIG_KEY: config_to_json(checkpoint.config),
+        EVIDENCE_KEY: checkpoint.prediction_evidence,
+    }
     if checkpoint.global_step is not None:
         result[STEP_KEY] = str(checkpoint.global_step)
     if checkpoint.added_tokens:

@@ -91,14 +91,5 @@ def polyexponential_sigmas(n: int, sigma_min: float, sigma_max: float, rho: floa
     return sigma_min * (sigma_max / sigma_min) ** ramp
 
 
-def vp_sigmas(n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3) -> Tensor:
-    """n σ of the continuous variance-preserving process at times from 1 to eps_s (Karras et al. 2022, table 1).
-
-    Its default range 152 … 0.0105 fits `linear_betas`, not Stable Diffusion's schedule.
-    """
-    t = torch.linspace(1, eps_s, n, dtype=torch.float64)
-    return (beta_d * t**2 / 2 + beta_min * t).expm1().sqrt()
-
-
 def _linspace(start: float, end: float, n: int) -> list[float]:
     return torch.linspace(start, end, n, dtype=torch.float64).tolist()

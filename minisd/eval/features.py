@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import CheckpointError, open_tensors
-from minisd.family import dino
+from minisd.family import clip_vision, dino
+from minisd.family.clip_vision import CLIPVision
 from minisd.family.dino import DINO
-from minisd.models import clip
-from minisd.models.clip import CLIPText, CLIPVision
+from minisd.models.clip import CLIPText
 from minisd.tasks.images import to_tensor
 from minisd.text.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ class CLIPFeatures:
         side = self.vision.config.image_size
 
         def prepare(image: Tensor) -> Tensor:
-            return clip.normalize(middle_square(image, side, side, self.interpolation))
+            return clip_vision.normalize(middle_square(image, side, side, self.interpolation))
 
         return features_of(self.vision, prepare, images, batch_size, progress)
 

@@ -1,15 +1,9 @@
-"""The VAE on pictures too large for it: encode and decode stripe by stripe, in about a third of the memory, no seams.
+"""The VAE on images too large for it: encode and decode tile by tile, in about a third of the memory, without seams.
 
-This computes what the untiled network computes, up to rounding: nothing is left out, blended or done twice. A picture
-flows through the convolutions as a stream of horizontal stripes, each with one row borrowed from either neighbour (the
-halo of a 3×3 convolution). Only a GroupNorm has to see the whole picture before it lets a row pass: there the stripes
-wait until the last one has been counted. The middle, whose attention is global, runs whole, at latent size.
-
-Peak memory, beside weights, input and output: the stripes that wait hold `values_per_pixel(config)` values for every
-image pixel, a few stripes are in work, and the middle takes about 7·c/factor² values per pixel while nothing else
-lives. Stable Diffusion waits with 256 values: 1024 bytes a pixel in float32, 512 in half precision. At 2048×2048 with
-rows=64 the tensors alive peak at 4.5 GiB in float32 and 2.4 GiB in bfloat16 (untiled: 12 and 6). With offload="cpu" an
-accelerator holds the stripes in work and the middle alone, and the rest waits in the computer's memory.
+This computes what the untiled network computes, up to rounding: nothing is left out, blended or done twice. An image
+flows through the convolutions as a stream of tiles, horizontal stripes, each with one row borrowed from either
+neighbour (the halo of a 3×3 convolution). Only a GroupNorm has to see the whole image before it lets a row pass: there
+the tiles wait until the last one has been counted. The middle, whose attention is global, runs whole, at latent size.
 """
 
 from __future__ import annotations
@@ -22,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from minisd.config import VAEConfig
 from minisd.models.vae import VAE, DiagonalGaussian, check_sides
 from minisd.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample
 
@@ -74,17 +67,6 @@ def _moments(vae: VAE, image: Tensor, rows: int, offload: Device) -> Tensor:
             x = downsample(down.downsample, x)
     whole = encoder.mid(torch.cat(list(x), dim=2))
     return vae.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(whole))))
-
-
-def values_per_pixel(config: VAEConfig) -> float:
-    """How many values wait per image pixel at most: the decoder's and the encoder's peak, without the stripes in work.
-
-    At level l, of 4^l times fewer pixels, a residual block keeps its skip and its hidden map, 2·c_l channels together,
-    and what the decoder brought up from below to feed the first of them had c_{l+1}.
-    """
-    widths = [config.channels * mult for mult in config.channel_mult]
-    below = [*widths[1:], 0]
-    return max(max(2 * width, wide) / 4**level for level, (width, wide) in enumerate(zip(widths, below, strict=True)))
 
 
 def res_block(block: ResBlock, stripes: Iterable[Tensor], offload: Device = None) -> Iterator[Tensor]:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from minisd import __version__
-from minisd.config import Prediction, from_dict
+from minisd.config import Prediction
+from minisd.schema import OLDER_NAMES, from_dict
 from minisd.tasks import TASKS, Options
-from minisd.tasks.options import OLDER_NAMES
 
 
 @dataclass(frozen=True)

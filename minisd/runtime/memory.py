@@ -63,7 +63,7 @@ def is_large(sampling: Sampling) -> bool:
 
 def all_weights(sd: LatentDiffusion) -> int:
     """Bytes."""
-    networks = sd.unet, sd.vae, sd.text_encoder, sd.vision_encoder
+    networks = sd.unet, sd.vae, sd.text_encoder, getattr(sd, "vision_encoder", None)
     return sum(weights_of(network) for network in networks if network is not None)
 
 

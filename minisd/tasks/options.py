@@ -12,12 +12,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from minisd.tasks.sampler_names import resolve
-
-if TYPE_CHECKING:
-    from minisd.tasks.sampling import Sampling
 
 Spacing = Literal["leading", "trailing", "linspace", "compvis", "karras"]
 
@@ -44,7 +41,7 @@ class Options:
     """
 
     name: ClassVar[str]
-    samplings: ClassVar[Callable[..., Iterator[Sampling]]]  # runs the task: one `Sampling` per batch
+    samplings: ClassVar[Callable[..., Iterator]]  # runs the task: one `Sampling` per batch
 
     negative_prompt: str | Sequence[str] = ""
     num_images: int = 1
@@ -104,13 +101,6 @@ class Options:
         ]
 
 
-OLDER_NAMES = {  # in records and configs that were written before
-    "convention": "prompt_syntax",
-    "two_pass": "hires_fix",
-    "tile": "vae_tiling",
-    "variation": "variation_strength",
-}
-
 Chosen = TypeVar("Chosen", bound=Options)
 
 
@@ -121,13 +111,13 @@ def check_seed(name: str, seed: int, count: int) -> None:
         raise ValueError(f"{name} is {seed!r}: give a whole number from 0 to {last}")
 
 
-def function(task: type[Options]) -> Callable[..., Iterator[Sampling]]:
+def function(task: type[Options]) -> Callable[..., Iterator]:
     """The task as a function (sd, prompt, [image, …] *, option=…, …, network=None), a generator of `Sampling`s."""
     own = list(inspect.signature(task.samplings).parameters.values())[1:]  # without self
     extra = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
     names = {parameter.name for parameter in extra}
 
-    def run(*args: Any, **options: Any) -> Iterator[Sampling]:
+    def run(*args: Any, **options: Any) -> Iterator:
         given = {name: options.pop(name) for name in list(options) if name in names or name in task.images()}
         return task.of(options).samplings(*args, **given)
 

@@ -96,14 +96,6 @@ class Sampling:
     def seeds(self) -> list[int]:
         return self.batch.seeds
 
-    @property
-    def prompts(self) -> list[str]:
-        return self.batch.prompts
-
-    @property
-    def negative_prompts(self) -> list[str]:
-        return self.batch.negative_prompts
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from minisd.config import from_dict
-from minisd.tasks.options import OLDER_NAMES
+from minisd.schema import OLDER_NAMES, from_dict
 
 
 @dataclass(frozen=True)

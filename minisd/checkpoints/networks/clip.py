@@ -10,7 +10,8 @@ from pathlib import Path
 from minisd.checkpoints.files.entries import CheckpointError
 from minisd.checkpoints.networks.format import Naming, NetworkFormat, Shapes, Source, count, number, source_of
 from minisd.config import PRESETS, CLIPTextConfig, CLIPVisionConfig, ModelConfig
-from minisd.models.clip import CLIPText, CLIPVision
+from minisd.family.clip_vision import CLIPVision
+from minisd.models.clip import CLIPText
 
 Names = Iterator[tuple[str, str | Source]]
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minisd.diffusion.gaussian import posterior_weights
 from minisd.diffusion.prediction import Model, as_prediction
 from minisd.diffusion.samplers.step import Noise, Step, Timesteps, descent
 from minisd.diffusion.schedule import Schedule, expand, weighted_sum
@@ -48,11 +49,9 @@ def ddpm_step(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
 
 
 def posterior_mean(x: Tensor, x_0: Tensor, abar_t: Tensor, abar_prev: Tensor) -> Tensor:
-    """The mean of q(x_prev | x_t, x_0) = √ᾱ_prev β/(1-ᾱ_t) x_0 + √α (1-ᾱ_prev)/(1-ᾱ_t) x_t (eq. 7), with α = ᾱ_t/ᾱ_prev
-    and β = 1-α those of the whole jump from t to prev. ᾱ: float64, '' or 'b'."""
-    alpha = abar_t / abar_prev
-    rest = 1 - abar_t
-    return weighted_sum(abar_prev.sqrt() * (1 - alpha) / rest, x_0, alpha.sqrt() * (1 - abar_prev) / rest, x)
+    """The mean of q(x_prev | x_t, x_0) (eq. 7), with the α and β of the whole jump from t to prev. ᾱ: '' or 'b'."""
+    weight_0, weight_t = posterior_weights(abar_t, abar_prev)
+    return weighted_sum(weight_0, x_0, weight_t, x)
 
 
 def ddpm_variance(abar_t: Tensor, abar_prev: Tensor, variance: Literal["small", "large"]) -> Tensor:

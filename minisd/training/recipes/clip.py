@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.config import CLIPTextConfig, CLIPVisionConfig
-from minisd.models.clip import CLIPText, CLIPVision, normalize
+from minisd.family.clip_vision import CLIPVision, normalize
+from minisd.models.clip import CLIPText
 from minisd.text.tokenizer import Tokenizer
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws

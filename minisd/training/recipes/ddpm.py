@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minisd.checkpoints.files import CheckpointError, open_tensors, save_safetensors
-from minisd.config import ScheduleConfig, UNetConfig, from_dict
+from minisd.config import ScheduleConfig, UNetConfig
 from minisd.diffusion.gaussian import Chain, from_network, per_image
 from minisd.diffusion.prediction import clipped
 from minisd.diffusion.samplers import Step, ddim, ddpm
 from minisd.models.unet import Conditioning, UNet
 from minisd.pipeline import build_schedule
+from minisd.schema import from_dict
 from minisd.tasks.images import grid, to_pil
 from minisd.training.data import Augmentation, Pictures, augmented
 from minisd.training.draws import Draws, generator
