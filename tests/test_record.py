@@ -12,6 +12,7 @@ from lively import lively, mask, picture
 from PIL import Image
 
 from minisd import tasks
+from minisd.cli import main
 from minisd.files import fingerprint, write_whole
 from minisd.provenance.call import Call, EmbeddingFile, File, LoadedModel, LoraFile, from_json, to_json
 from minisd.provenance.files import find, find_input, remember_checkpoint, remember_input
@@ -317,3 +318,21 @@ def test_missing_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"x\.ckpt: there is no such file"):
         remember_checkpoint(tmp_path / "x.ckpt", tmp_path)
     assert find(File("x.ckpt", ""), Path("nowhere")) is None
+
+
+# ------------------------------------------------------------------------------------- what was drawn by older versions
+
+DRAWN = sorted((Path(__file__).parent / "data" / "pictures").glob("*.png"))
+
+
+@pytest.mark.parametrize("path", [p for p in DRAWN if p.name not in ("input.png", "mask.png")], ids=lambda p: p.stem)
+@pytest.mark.filterwarnings("ignore:.*holds float16")
+def test_an_image_drawn_by_an_older_version_is_drawn_again(path, capsys):
+    """By version 0.1.0, whose records held the options in two groups and under other names."""
+    code, out = main(["replay", str(path)]), capsys.readouterr().out
+    if "equal in every pixel" not in out:  # another CPU may round some pixels to the next level
+        share, most = map(float, re.search(r"([\d.]+)% of its pixels differ, by up to (\d+)", out).groups())
+        assert most <= 1, out
+        assert share < 5, out
+    else:
+        assert code == 0
