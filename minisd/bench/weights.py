@@ -22,10 +22,10 @@ STRIDE = 7919  # a prime, between the starts of two weights' slices
 def write_random_folder(folder: Path, config: ModelConfig, networks: Collection[str] = WHOLE) -> None:
     """A diffusers folder with random float32 weights, which every contender can read; only of some networks at need."""
     unwanted = {NETWORKS[name].subfolder for name in WHOLE if name not in networks}
-    for place, text in folder_files(config).items():
-        if place.partition("/")[0] not in unwanted:
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            (folder / place).write_text(text, encoding="utf-8")
+    for file, text in folder_files(config).items():
+        if file.partition("/")[0] not in unwanted:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text, encoding="utf-8")
     for name in networks:
         network = on_meta(name, getattr(config, name))
         tensors = to_official(random_state(network), keymap(network, NETWORKS[name].folder_dialect))

@@ -117,7 +117,7 @@ def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
         default_parameter=Parameter(negative=(), show_default=_shown_default),
         **options,
     )
-    for place, (path, line) in enumerate(commands.items()):
+    for position, (path, line) in enumerate(commands.items()):
         function = path.rpartition(":")[2]
         command = (function.partition("_")[2] or function).replace("_", "-")
         typed = command if name == "minisd" else f"{name} {command}"
@@ -126,7 +126,7 @@ def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
             f"minisd.cli.{path}",
             name=command,
             help=line,
-            sort_key=place,
+            sort_key=position,
             usage=f"Usage: minisd {USAGE[typed]}" if typed in USAGE else None,
             help_epilogue=f"Examples:\n{examples}" if examples else None,
         )

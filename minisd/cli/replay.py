@@ -74,12 +74,12 @@ def draw_again(model: Model, call: Call, index: int, inputs: dict[str, Path]) ->
         torch.set_num_threads(call.threads)
     else:
         warnings.warn(f"the picture was made on {call.threads} threads, which are not here", stacklevel=2)
-    batch, place = call.batch(index)
+    batch, position = call.batch(index)
     for sampling in samplings(model.load(), batch, inputs, None):
         for _ in progress(sampling):
             pass
         if not sampling.is_draft:
-            return sampling.images()[place]
+            return sampling.images()[position]
     raise AssertionError("a task ended in a draft")
 
 

@@ -92,10 +92,10 @@ class SubjectScorer:
 
 def diversity_of(features: Tensor, prompts: Sequence[str]) -> float | None:
     """Mean of 1 - cosine over all pairs of one prompt, then over prompts; None where no prompt has a pair."""
-    found = []
+    distances = []
     for prompt in dict.fromkeys(prompts):
         rows = [i for i, other in enumerate(prompts) if other == prompt]
         if len(rows) > 1:
             pairs = torch.triu_indices(len(rows), len(rows), offset=1)
-            found.append((1 - cosine(features[rows], features[rows])[pairs[0], pairs[1]]).mean())
-    return torch.stack(found).mean().item() if found else None
+            distances.append((1 - cosine(features[rows], features[rows])[pairs[0], pairs[1]]).mean())
+    return torch.stack(distances).mean().item() if distances else None

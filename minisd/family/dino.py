@@ -87,8 +87,8 @@ def from_official(tensors: Mapping[str, Tensor]) -> DINO:
     with torch.device("meta"):
         network = DINO(config)
     state = dict(own_names(tensors))
-    shapes, found = ({n: tuple(x.shape) for n, x in some.items()} for some in (network.state_dict(), state))
-    if wrong := sorted(shapes.items() ^ found.items()):
+    shapes, theirs = ({n: tuple(x.shape) for n, x in some.items()} for some in (network.state_dict(), state))
+    if wrong := sorted(shapes.items() ^ theirs.items()):
         raise ValueError(f"these are no weights of a DINO ViT: {wrong[0][0]} is missing, too many, or of another shape")
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval()
