@@ -145,12 +145,6 @@ def documentation(task: type[Options]) -> str:
 @functools.cache
 def option_help(task: type[Options]) -> dict[str, str]:
     """What the docstrings say of each option, by name."""
-    lines = documentation(task).partition("Args:\n")[2].splitlines()
-    texts: dict[str, str] = {}
-    for line in lines:
-        if line.startswith("    ") and not line.startswith("     "):
-            name, _, text = line.strip().partition(": ")
-            texts[name] = text
-        elif line.strip():
-            texts[name] += " " + line.strip()
-    return texts
+    from docstring_parser import parse
+
+    return {param.arg_name: " ".join((param.description or "").split()) for param in parse(documentation(task)).params}
