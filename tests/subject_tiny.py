@@ -43,7 +43,7 @@ def model(prediction="v", dtype=torch.float32) -> StableDiffusion:
     """A model of its own, of random weights."""
     made = checkpoint(replace(MODEL, prediction=prediction, vision=None))
     networks = {name: deepcopy(network).to(dtype) for name, network in made.networks.items()}
-    return StableDiffusion(replace(made, networks=networks))
+    return StableDiffusion.of(replace(made, networks=networks))
 
 
 def photos(n: int = 3, views: int = 2, size: int = 16, masks: bool = False, seed: int = 0) -> Photos:

@@ -270,7 +270,7 @@ def test_dreambooth_moves_the_unet_alone_and_its_file_is_a_whole_model(tmp_path)
 def test_a_model_of_a_small_vocabulary_learns_a_word_and_still_tells_unknown_ones(tmp_path):
     sd = model()
     sd.text_encoder.config = replace(sd.text_encoder.config, unknown_id=100)
-    sd.checkpoint.config = replace(sd.config, text=sd.text_encoder.config)
+    sd.config = replace(sd.config, text=sd.text_encoder.config)
     with torch.no_grad():
         table = sd.text_encoder.token_embedding.weight
         table[sd.tokenizer.encode("xylophone")] = table[100].clone()
@@ -427,7 +427,7 @@ def test_saving_memory_changes_no_bit_of_the_result(tmp_path):
 def test_a_lora_of_another_base_does_not_take_up_a_training(tmp_path):
     train("lora", tmp_path)
     with pytest.raises(ValueError, match="is of another training: base was"):
-        train("lora", tmp_path, model("eps").__class__(_changed(model())))
+        train("lora", tmp_path, StableDiffusion.of(_changed(model())))
 
 
 def _changed(sd):
@@ -464,7 +464,7 @@ def test_the_table_has_means_and_the_paired_distances_from_the_floor():
 
 
 def test_a_comparison_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch):
-    sd = StableDiffusion(checkpoint(MODEL))
+    sd = StableDiffusion.of(checkpoint(MODEL))
     scorer_for = partial(SubjectScorer, CLIPFeatures.of(sd))
     settings = Txt2Img(steps=1, batch_size=2)
     plan = Comparison(("{}",), 2, 2, 2, settings, class_prior=2, train_steps=1)
