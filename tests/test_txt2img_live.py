@@ -82,7 +82,7 @@ def test_txt2img_of_every_sampler_is_diffusers(folder, kind, name, eta):
         **size,
         steps=10,
         sampler=name,
-        eta=eta,
+        eta=eta or None,
         spacing=changes.get("timestep_spacing", "leading"),
         seed=7,
         num_images=2,
