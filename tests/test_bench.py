@@ -83,7 +83,7 @@ def test_training_steps_are_those_of_diffusers_examples(method, tmp_path):
     """At the first step, and after it; in bfloat16 as near as diffusers comes."""
     pytest.importorskip("peft")
     write_random_folder(tmp_path, READING)
-    case = train.Training(READING, method, 32, 2, "float32", gradient_checkpointing=True)
+    case = train.TrainingStep(READING, method, 32, 2, "float32", gradient_checkpointing=True)
     ours, theirs = (train.CONTENDERS[name](tmp_path, case) for name in ("minisd", "diffusers"))
     exact = ours().numpy()
     assert relative_error(exact, theirs().numpy()) < 1e-5

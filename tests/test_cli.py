@@ -444,7 +444,7 @@ def test_a_command_line_that_is_not_understood_exits_with_2(minisd, tokens, sent
 
 
 def test_faults_of_the_program_are_not_hidden(minisd, monkeypatch):
-    monkeypatch.setattr("minisd.tasks.txt2img", lambda *_, **__: [][0])
+    monkeypatch.setattr("minisd.tasks.sampling.denoise", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
         minisd("txt2img", "x")
 
@@ -456,7 +456,7 @@ def test_a_large_picture_says_what_it_takes_and_one_that_cannot_fit_is_refused_b
     _, _, said = minisd("txt2img", "a", "--steps", 1)
     assert re.search(r"about \d\.\d GB of memory: weights \d\.\d, then a step \d\.\d, decoding \d\.\d", said)
     monkeypatch.setattr("minisd.runtime.memory.available", lambda _: 1000)
-    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr("minisd.diffusion.samplers.ddim.ddim_step", lambda *_: pytest.fail("a step was taken"))
     sentence = refused(minisd("txt2img", "a", "--steps", 1))
     assert "0.0 GB are free beside the weights: choose a smaller --batch-size" in sentence
 
@@ -474,7 +474,7 @@ def test_a_lack_of_memory_is_one_sentence(minisd, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("minisd.tasks.txt2img", fail)
+    monkeypatch.setattr("minisd.tasks.sampling.denoise", fail)
     assert "the memory does not suffice" in refused(minisd("txt2img", "x"))
 
 
@@ -505,7 +505,7 @@ def test_ctrl_c_leaves_whole_pictures_and_says_how_many(minisd, models):
         process.kill()
     made = pngs("many")
     assert process.returncode == 130
-    assert f"minisd: interrupted: {len(made)} of 1000 pictures are finished, in many\n" in err
+    assert f"minisd: interrupted: {len(made)} of 1000 images are finished, in many\n" in err
     assert "Traceback" not in err
     assert 3 <= len(made) < 1000
     assert sorted(os.listdir("many")) == made  # no half files beside them
@@ -589,9 +589,11 @@ def test_every_command_explains_itself_in_80_columns(command):
 
 def test_every_option_of_a_task_is_there(minisd):
     out = minisd("txt2img", "--help", model=None)[1]
-    shown = {line.split()[1] for line in out.splitlines() if line.startswith(("│ --", "│ PROMPT"))}
+    labels = [re.split(r" {2,}", line)[0] for line in out.splitlines() if line.startswith(("│ --", "│ PROMPT"))]
+    shown = {word for label in labels for word in re.findall(r"--[\w-]+|PROMPT", label)}
     names = [field.name for part in (Txt2Img, Model, Output) for field in fields(part)]
-    assert shown == {"PROMPT", "--prompts"} | {"--" + name.replace("_", "-") for name in names}
+    aliases = {"--cfg", "--cfg-scale"}
+    assert shown == {"PROMPT", "--prompts"} | aliases | {"--" + name.replace("_", "-") for name in names}
 
 
 def test_torchrun_refuses_no_option_of_a_training(minisd):

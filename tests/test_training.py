@@ -155,11 +155,12 @@ def fill_disk_at_state(monkeypatch, number: int) -> None:
     synced = []
 
     def fsync(descriptor):
-        synced.append(descriptor)
+        if STATE in os.readlink(f"/proc/self/fd/{descriptor}"):
+            synced.append(descriptor)
         if len(synced) == number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minisd.checkpoints.files.safe.os.fsync", fsync)
+    monkeypatch.setattr("os.fsync", fsync)
 
 
 # ---------------------------------------------------------------------------------- micro-batches and processes

@@ -24,7 +24,9 @@ def model_config(networks: Mapping[str, Any], prediction: Prediction | None) -> 
     """The preset with this U-Net and prediction, or SD1's frame named "custom"; with the networks' own configs."""
     presets = list(presets_of(networks["unet"]).values())
     exact = next((preset for preset in presets if preset.prediction == prediction), None)
-    custom = replace(ModelConfig(), name="custom", task=task_of_shapes(networks["unet"], networks["vae"]))
+    custom = replace(
+        ModelConfig(), name="custom", task=task_of_shapes(networks["unet"], networks.get("vae", VAEConfig()))
+    )
     preset = exact or (presets[0] if presets else custom)
     return replace(preset, **networks, prediction=prediction or preset.prediction)
 
