@@ -456,7 +456,7 @@ def test_a_large_picture_says_what_it_takes_and_one_that_cannot_fit_is_refused_b
     _, _, said = minisd("txt2img", "a", "--steps", 1)
     assert re.search(r"about \d\.\d GB of memory: weights \d\.\d, then a step \d\.\d, decoding \d\.\d", said)
     monkeypatch.setattr("minisd.runtime.memory.available", lambda _: 1000)
-    monkeypatch.setattr("minisd.diffusion.samplers.ddim.ddim_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr("minisd.pipeline.as_model", lambda *_: lambda *_: pytest.fail("a step was taken"))
     sentence = refused(minisd("txt2img", "a", "--steps", 1))
     assert "0.0 GB are free beside the weights: choose a smaller --batch-size" in sentence
 

@@ -370,7 +370,7 @@ def test_every_method_learns_in_bfloat16_what_it_learns_in_float32(tmp_path, met
 
 def test_a_model_that_wants_more_than_a_prompt_is_refused(tmp_path):
     unet = replace(MODEL.unet, in_channels=9)
-    sd = StableDiffusion.of(checkpoint(replace(MODEL, unet=unet, vision=None)))
+    sd = StableDiffusion.of(checkpoint(replace(MODEL, task="inpainting", unet=unet, vision=None)))
     with pytest.raises(ValueError, match="is an inpainting model"):
         train("lora", tmp_path, sd)
 
