@@ -16,8 +16,8 @@ Task = Literal["text-to-image", "inpainting", "depth-to-image", "pix2pix", "upsc
 class SlotPlan:
     """One slot of the U-Net: a residual block, a transformer, a resampling, any of which may be absent.
 
-    in_channels counts the concatenated skip of an up slot. heads and head_width are those of the transformer;
-    self_attention=False makes its first attention a second cross-attention (the x4 upscaler).
+    in_channels counts the concatenated skip of an up slot. heads: of the transformer; self_attention=False makes its
+    first attention a second cross-attention (the x4 upscaler).
     """
 
     in_channels: int
@@ -345,7 +345,7 @@ MINI = ModelConfig(  # Stable Diffusion's geometry, small enough to be trained o
     image_size=128,
 )
 
-PRESETS = {  # the official models, which files are recognised by; a mini model's says itself what it is
+PRESETS = {  # the official models, by which checkpoints are recognised; that of a mini model says itself what it is
     "SD1": SD1,
     "SD1_INPAINT": SD1_INPAINT,
     "SD1_PIX2PIX": SD1_PIX2PIX,

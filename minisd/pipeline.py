@@ -57,7 +57,7 @@ class LatentDiffusion:
     def encode_prompt(
         self, prompts: str | Sequence[str], *, prompt_syntax: str = "plain", clip_skip: int | None = None
     ) -> Conditioning:
-        """The context of prompts as the U-Net wants it, 'b l d'. Warns of words that the model was never taught.
+        """The context of prompts, as the U-Net takes it, 'b l d'. Warns of words that the model was never taught.
 
         prompt_syntax: how brackets and long prompts are read, see `text.prompts`. clip_skip: the last blocks of the
         text encoder to leave out; None is the model's own.
@@ -90,7 +90,7 @@ class LatentDiffusion:
     ) -> Model:
         """The way from a network to a sampler: (x_t, t) → Prediction, guided, whatever the network predicts.
 
-        cond, uncond: of the prompts and of the empty or negative ones; guidance_scale 1 needs no uncond. The guidance
+        cond, uncond: of the prompts and of the empty or negative ones; guidance_scale=1 needs no uncond. The guidance
         options are those of `diffusion.guidance.guided`. network: (x_t, t, cond) → what `config.prediction` says, in
         place of the U-Net itself: one that passes residuals on, a wrapped U-Net, an experiment.
         """
@@ -120,20 +120,20 @@ class LatentDiffusion:
         """Images 'b 3 H W' in about [-1, 1], in float32, of latents 'b c h w'. vae_tiling: as above."""
         return decode_latents(self.vae, latents.to(self.device), vae_tiling)
 
-    # ---------------------------------------------------------------------------- what tasks ask before they begin
+    # What tasks ask before they begin
 
     def timesteps(self, steps: int, spacing: str = "leading", T: int | None = None) -> Sequence[Time]:
-        """The falling times to visit of the schedule's first T, of all by default.
+        """The timesteps to visit, descending, of the schedule's first T, of all by default.
 
-        spacing: see `diffusion.spacing.timesteps`; "karras" is a ladder of σ, and its times are real.
+        spacing: see `diffusion.spacing.timesteps`; "karras" is a σ schedule, whose timesteps are fractional.
         """
         T = self.schedule.num_timesteps if T is None else T
         if spacing != "karras":
             return [*timesteps(T, steps, spacing, offset=min(1, T - 1))]
-        least, most = self.schedule.sigmas[[0, T - 1]].tolist()
-        if math.isinf(most):
+        sigma_min, sigma_max = self.schedule.sigmas[[0, T - 1]].tolist()
+        if math.isinf(sigma_max):
             raise ValueError("a karras ladder needs a finite σ, and zero terminal SNR has none: use spacing='trailing'")
-        return self.schedule.t_from_sigma(karras_sigmas(steps, least, most)).tolist()
+        return self.schedule.t_from_sigma(karras_sigmas(steps, sigma_min, sigma_max)).tolist()
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The size asked for, or the model's own. ValueError where the VAE's factor does not divide it."""
@@ -178,7 +178,7 @@ class LatentDiffusion:
         }
 
         def is_unknown(ids: Sequence[int]) -> bool:
-            # asked for, not read: a training may have put another module in the table's place
+            # called, not indexed: textual inversion may have put another module in place of the nn.Embedding
             row, *rows = self.text_encoder.token_embedding(torch.tensor([unknown_id, *ids], device=self.device))
             return any(torch.equal(row, own) for own in rows)
 

@@ -328,9 +328,9 @@ def test_replay_refuses_when_something_is_not_as_it_was(minisd):
 
 def test_replay_refuses_pictures_of_others(minisd):
     assert "does not say how it was made" in refused(minisd("replay", "cat.png"))
-    assert "there is no such picture" in refused(minisd("replay", "none.png"))
+    assert "there is no such image" in refused(minisd("replay", "none.png"))
     Path("text.png").write_text("no picture")
-    assert "not a readable picture" in refused(minisd("replay", "text.png"))
+    assert "not a readable image" in refused(minisd("replay", "text.png"))
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
@@ -359,7 +359,7 @@ def test_replay_refuses_pictures_of_others(minisd):
         (["txt2img", "x", "--grid", "cat.png"], "cat.png exists already"),
         (["txt2img", "x", "--grid", "a.gif"], "a.gif: sheets and previews are saved as .png"),
         (["txt2img", "x", "--out", "a.png", "--grid", "a.png"], "name the same file"),
-        (["img2img", "x", "none.png"], "none.png: there is no such picture"),
+        (["img2img", "x", "none.png"], "none.png: there is no such image"),
         (["img2img", "x", "cat.png", "--strength", "1.5"], "strength is 1.5"),
         (["outpaint", "x", "cat.png"], "give new pixels for at least one side"),
     ],

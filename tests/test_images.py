@@ -111,17 +111,17 @@ def test_grey_counts_as_white_from_128_on():
 
 
 def test_what_is_no_picture_is_refused_in_words(tmp_path):
-    with pytest.raises(ValueError, match="the mask is 5×4, the picture 8×4: make them equal"):
+    with pytest.raises(ValueError, match="the mask is 5×4, the image 8×4: make them equal"):
         to_mask(mask((0, 0, 1, 1), 5, 4), (4, 8))
     with pytest.raises(ValueError, match="a PIL image, not str: files are opened by minisd"):
         to_tensor("apple.png")
     with pytest.raises(ValueError, match="no known range: convert it to 8 bits"):
         to_tensor(Image.new("F", (2, 2)))
-    with pytest.raises(ValueError, match=r"missing\.png: there is no such picture"):
+    with pytest.raises(ValueError, match=r"missing\.png: there is no such image"):
         load_image(tmp_path / "missing.png")
-    with pytest.raises(ValueError, match="not a readable picture"):
+    with pytest.raises(ValueError, match="not a readable image"):
         load_image(tmp_path)
-    with pytest.raises(ValueError, match="a grid needs at least one picture"):
+    with pytest.raises(ValueError, match="a grid needs at least one image"):
         grid([])
 
 

@@ -240,7 +240,7 @@ def test_truncated_pictures_are_refused_at_every_length(tmp_path):
     whole = path.read_bytes()
     for length in [0, 7, 20, 60, *range(100, len(whole) - 20, 150)]:
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"a\.png: not a readable picture"):
+        with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
             read_png(path)
 
 

@@ -57,7 +57,7 @@ def test_impossible_pictures_and_strengths_get_one_helpful_sentence():
     with pytest.raises(ValueError, match=r"strength 0.01 of 30 steps runs none: use 0.034 or more, or exact_steps"):
         SD.img2img("a dog", picture(), strength=0.01)
     assert len(only(img2img(SD, "", picture(), strength=0.034, steps=30))) == 1
-    with pytest.raises(ValueError, match="leaves 10 of the schedule's 1000 times, too few for exactly 30 steps"):
+    with pytest.raises(ValueError, match="leaves 10 of the schedule's 1000 timesteps, too few for exactly 30 steps"):
         SD.img2img("a dog", picture(), strength=0.01, exact_steps=True)
     with pytest.raises(ValueError, match=r"0×5 .* give 1 or more"):
         SD.img2img("a dog", picture(), height=0, width=5)
@@ -65,7 +65,7 @@ def test_impossible_pictures_and_strengths_get_one_helpful_sentence():
         SD.img2img("a dog", "picture.png")
     with pytest.raises(ValueError, match="the mask has no white part: there is nothing to repaint"):
         SD.inpaint("a dog", picture(), mask((0, 0, 0, 0)))
-    with pytest.raises(ValueError, match="the mask is 31×32, the picture 32×32"):
+    with pytest.raises(ValueError, match="the mask is 31×32, the image 32×32"):
         SD.inpaint("a dog", picture(), mask((0, 0, 5, 5), 31))
     with pytest.raises(ValueError, match="feather is -1"):
         SD.inpaint("a dog", picture(), mask((0, 0, 5, 5)), feather=-1)

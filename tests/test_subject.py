@@ -112,7 +112,7 @@ def test_masks_come_from_a_folder_too_and_one_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 2 photos have no mask, first: a\.png"):
         load_photos(tmp_path, 16)
     half_mask(tmp_path / "a.mask.png", (10, 10))
-    with pytest.raises(ValueError, match=r"a\.mask\.png: the mask is 10×10, the picture 40×30"):
+    with pytest.raises(ValueError, match=r"a\.mask\.png: the mask is 10×10, the image 40×30"):
         load_photos(tmp_path, 16)
 
 

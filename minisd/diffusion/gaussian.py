@@ -2,7 +2,7 @@
 
 Ho et al. 2020 is "Ho", Nichol & Dhariwal 2021 is "ND". q(x_{t-1}|x_t,x_0) is `posterior`, p(x_{t-1}|x_t), from what a
 network predicts, `p_mean_variance`; the variational bound that compares them is in `training/improved_ddpm.py`. A step
-of a chain is named by its index i (int, or LongTensor 'b' on the CPU); the model always receives the time t =
+of a chain is named by its index i (int, or LongTensor 'b' on the CPU); the model always receives the timestep t =
 chain.t(i) of the schedule it was trained on.
 """
 
@@ -20,9 +20,9 @@ Index = int | Tensor
 
 
 class Chain:
-    """The steps of a schedule that are kept, i = 0 the cleanest, with the betas of the jumps between them (ND eq. 19).
+    """A respaced schedule: the timesteps kept, i = 0 the cleanest, and the betas of the jumps between them (ND eq. 19).
 
-    timesteps: distinct times in any order; None keeps all. ᾱ = 1 comes before the first. All tables are float64, 'n'.
+    timesteps: distinct, in any order; None keeps all. ᾱ = 1 comes before the first. All tables are float64, 'n'.
     """
 
     def __init__(self, schedule: Schedule, timesteps: Sequence[float] | None = None):
@@ -47,14 +47,14 @@ class Chain:
         return len(self.timesteps)
 
     def t(self, i: Index) -> Time:
-        """The schedule's time of step i: a number for an int, a tensor 'b' for a tensor."""
+        """The schedule's timestep of step i: a number for an int, a tensor 'b' for a tensor."""
         return self.timesteps[i] if isinstance(i, Tensor) else self.timesteps[i].item()
 
     def index(self, t: Time) -> Index:
-        """The step whose time is t, the inverse of `t`."""
-        times, wanted = self.timesteps.double(), torch.as_tensor(t, dtype=torch.float64, device="cpu")
-        i = torch.searchsorted(times, wanted).clamp(max=len(self) - 1)
-        if (times[i] != wanted).any():
+        """The step whose timestep is t, the inverse of `t`."""
+        times, target = self.timesteps.double(), torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        i = torch.searchsorted(times, target).clamp(max=len(self) - 1)
+        if (times[i] != target).any():
             raise ValueError(f"t = {t} is not a step of this chain of {len(self)}: {self.timesteps.tolist()}")
         return i if isinstance(t, Tensor) else int(i)
 
@@ -72,7 +72,7 @@ class Gaussian:
 
 
 def posterior(x_0: Tensor, x_t: Tensor, i: Index, chain: Chain) -> Gaussian:
-    """q(x_{i-1} | x_i, x_0), with mean μ̃ and variance β̃ (Ho eq. 6 and 7)."""
+    """q(x_{i-1} | x_i, x_0), with mean μ̃ and variance β̃ (Ho eq. 6 and 7; β̃_1 at i = 0)."""
     c_0, c_t = posterior_weights(chain.alphas_cumprod[i], chain.alphas_cumprod_prev[i])
     return Gaussian(weighted_sum(c_0, x_0, c_t, x_t), expand(chain.log_variances["small"][i], x_t))
 
@@ -134,7 +134,7 @@ def read(
 def from_network(
     network: Network, chain: Chain, *, predicts: Predicts = "eps", variance: LearnedVariance | None = None
 ) -> Model:
-    """The network as a sampler's model on the times of this chain; `read` explains the two kinds."""
+    """The network as a sampler's model on the timesteps of this chain; `read` explains the two kinds."""
     return lambda x_t, t: read(network(x_t, t), x_t, chain.index(t), chain, predicts=predicts, variance=variance)
 
 

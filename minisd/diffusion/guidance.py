@@ -1,4 +1,4 @@
-"""Guidance: steer a model by contrasting it with itself (classifier-free), or by a classifier's gradient."""
+"""Guidance: steer a model away from its unconditional output (classifier-free), or by a classifier's gradient."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ def guided(
     """The network (x_t, t, cond) as (x_t, t), guided without a classifier (Ho & Salimans 2022, eq. 6; scale is w + 1).
 
     out = out_u + scale (out_c - out_u). uncond is the empty or the negative prompt. scale: one number or one per image;
-    1 is the conditional network alone, at half the price, and needs no uncond. interval: guide only where lo <= t <= hi
+    1 is the conditional network alone, at half the cost, and needs no uncond. interval: guide only where lo <= t <= hi
     (Kynkäänniemi et al. 2024), elsewhere scale is 1. rescale: see `rescaled`. joined: one call with a batch of both,
     or two calls, which need less memory and let the contexts differ in length. dtype: in which the network is given
     x_t; the result has x_t's own.
@@ -63,7 +63,7 @@ def guided(
             out_u, out_c = network(torch.cat([x, x]), t_both, both).chunk(2)
         else:
             out_u, out_c = network(x, t, uncond), network(x, t, cond)
-        # Half-precision outputs are contrasted in float32: scale would multiply the rounding of their difference.
+        # Half-precision outputs are subtracted in float32: scale would multiply the rounding of their difference.
         wide = torch.promote_types(out_c.dtype, torch.float32)
         out = out_u.to(wide) + expand(w, out_c) * (out_c.to(wide) - out_u.to(wide))
         return (rescaled(out, out_c.to(wide), rescale) if rescale else out).to(x_t.dtype)
@@ -72,7 +72,7 @@ def guided(
 
 
 def rescaled(out: Tensor, out_c: Tensor, rescale: float) -> Tensor:
-    """The guided output with the standard deviation of the conditional one, by the share rescale in [0, 1].
+    """The guided output with the standard deviation of the conditional one, in part: rescale in [0, 1] is φ.
 
     Lin et al. 2023, eq. 15 and 16, against the over-exposure of large scales: theirs is 0.7 at scale 7.5. The deviation
     is taken over each image of the network's own output, be it ε or v.

@@ -14,7 +14,7 @@ from minisd.diffusion.schedule import Schedule, Time
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A model's view of x_t: its noise and its clean image, two sides of x_t = √ᾱ x_0 + √(1-ᾱ) ε.
+    """What a model predicts from x_t: noise and clean image, tied to each other by x_t = √ᾱ x_0 + √(1-ᾱ) ε.
 
     eps, x_0: 'b c h w'. log_variance: of p(x_{t-1} | x_t), 'b c h w', where the network learns it.
     mean: of p(x_{t-1} | x_t), where it is not the posterior's at x_0 (a network that predicts x_{t-1}; classifier

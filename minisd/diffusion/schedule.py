@@ -1,7 +1,7 @@
 """The forward process: betas, ᾱ, q(x_t | x_0), and the conversions between x_0, ε and v.
 
-Everything is float64 on the CPU until it meets a tensor. Times t lie in [0, T-1] and may be fractional: log σ is
-linear between neighbouring steps. x_t is always variance preserving, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
+Everything is float64 on the CPU until it meets a tensor. Timesteps t lie in [0, T-1] and may be fractional: log σ is
+linear between neighbouring integers. x_t is always variance preserving, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
 """
 
 import math
@@ -17,11 +17,11 @@ Time = int | float | Tensor
 
 
 class Schedule:
-    """The noise levels of T steps, given by their betas (Ho et al. 2020, eq. 2 and 4).
+    """The noise levels of T timesteps, given by their betas (Ho et al. 2020, eq. 2 and 4).
 
     betas: T numbers in (0, 1); the last may be 1 (zero terminal SNR). final_alpha_cumprod: the ᾱ that follows the last
     step of ddim and plms; None means ᾱ[0], Stable Diffusion's convention. Everything else ends at ᾱ = 1.
-    Times may be an int, a float or a tensor 'b'. Keep such tensors on the CPU: the tables live there.
+    A timestep t is an int, a float or a tensor 'b'. Keep such tensors on the CPU: the tables live there.
     """
 
     def __init__(self, betas: Tensor | Sequence[float], final_alpha_cumprod: float | None = None):
@@ -44,12 +44,12 @@ class Schedule:
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio ᾱ / (1-ᾱ) of every step, 'T'."""
+        """Signal-to-noise ratio ᾱ / (1-ᾱ) of every timestep, 'T'."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     @property
     def sigmas(self) -> Tensor:
-        """σ = √((1-ᾱ)/ᾱ) of every step, 'T': the noise level where x is not shrunk (Karras et al. 2022)."""
+        """σ = √((1-ᾱ)/ᾱ) of every timestep, 'T': the noise level where x is not shrunk (Karras et al. 2022)."""
         return self.snr.rsqrt()
 
     def alpha_cumprod(self, t: Time) -> Tensor:
@@ -73,7 +73,7 @@ class Schedule:
         return ((1 - abar) / abar).sqrt()
 
     def t_from_sigma(self, sigma: float | Tensor) -> Tensor:
-        """The real t with that σ, float64 on the CPU: the inverse of `sigma`. σ must lie in the schedule's range."""
+        """The t with that σ, fractional, float64 on the CPU: inverts `sigma`. σ must lie in the schedule's range."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
         finite = self.sigmas[self.sigmas.isfinite()]
         low, high = finite[0].item(), finite[-1].item()
@@ -87,7 +87,7 @@ class Schedule:
         return t.clamp(0, len(table) - 1)  # a rounded logarithm must not leave the schedule
 
     def timesteps(self, n: int, spacing: str = "leading", offset: int = 1) -> list[int]:
-        """n distinct steps of this schedule, descending; `spacing.timesteps` explains the kinds."""
+        """n timesteps of this schedule, descending; `spacing.timesteps` explains the kinds."""
         return timesteps(self.num_timesteps, n, spacing, offset)
 
     # x_0, ε and v: any one and x_t give the others (Salimans & Ho 2022, appendix D).

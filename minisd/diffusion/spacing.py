@@ -1,7 +1,7 @@
-"""Which times a sampler visits: integer steps of a schedule, and ladders of σ.
+"""Which timesteps a sampler visits: integers of a training schedule, and σ schedules.
 
-Integer spacings return descending lists of Python ints. σ ladders return descending float64 tensors without the
-trailing 0, which is no time of a schedule; `schedule.t_from_sigma(ladder).tolist()` gives the real t a sampler takes.
+Integer spacings return descending lists of Python ints. σ schedules are descending float64 tensors without the
+trailing 0, which is no timestep; `schedule.t_from_sigma(sigmas).tolist()` gives the fractional t a sampler takes.
 """
 
 import math
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def timesteps(T: int, n: int, spacing: str = "leading", offset: int = 1) -> list[int]:
-    """n distinct steps in [0, T), descending, for every 1 <= n <= T.
+    """n distinct timesteps in [0, T), descending, for every 1 <= n <= T (except "compvis" and "compvis-quad").
 
     "leading": i·⌊T/n⌋ + offset (Stable Diffusion's, with offset 1), the offset reduced where the last would reach T.
     "trailing": from T-1 down in strides of T/n (Lin et al. 2023, table 2). "linspace": from T-1 to 0.
     "compvis", "compvis-quad": what the original code runs: another number of steps than n where n does not divide T,
-    a refusal where it indexes T, and repeated first steps of "compvis-quad" from n = 30 on.
+    a ValueError where it would index T, and repeated first steps of "compvis-quad" from n = 30 on.
     offset belongs to "leading" alone.
     """
     if not 1 <= n <= T:
@@ -58,11 +58,11 @@ def space_timesteps(T: int, counts: str | Sequence[int]) -> list[int]:
     at a whole stride from 0.
     """
     if isinstance(counts, str) and counts.startswith("ddim"):
-        wanted = int(counts[len("ddim") :])
+        count = int(counts[len("ddim") :])
         for stride in range(1, T):
-            if len(range(0, T, stride)) == wanted:
+            if len(range(0, T, stride)) == count:
                 return list(range(0, T, stride))
-        raise ValueError(f"no whole stride gives {wanted} of {T} steps; give the number alone for an uneven spacing")
+        raise ValueError(f"no whole stride gives {count} of {T} steps; give the number alone for an uneven spacing")
     if isinstance(counts, str):
         counts = [int(count) for count in counts.split(",")]
     kept, start = [], 0
@@ -86,7 +86,7 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) 
 
 
 def polyexponential_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
-    """n σ, descending; log σ falls as the ρ-th power of a ramp from 1 to 0. ρ = 1 is the exponential ladder."""
+    """n σ, descending; log σ falls as the ρ-th power of a ramp from 1 to 0. ρ = 1 is the exponential schedule."""
     ramp = torch.linspace(1, 0, n, dtype=torch.float64) ** rho
     return sigma_min * (sigma_max / sigma_min) ** ramp
 

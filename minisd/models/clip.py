@@ -1,4 +1,4 @@
-"""CLIP's text tower (Radford et al. 2021), which prompts go through; `family/clip_vision.py` has the other one."""
+"""CLIP's text encoder (Radford et al. 2021); the image encoder is `family/clip_vision.py`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CLIPText(nn.Module):
         return self.final_norm(self.states(ids, skip=self.config.skip if skip is None else skip))
 
     def states(self, ids: Tensor, *, skip: int = 0) -> Tensor:
-        """The states 'b l d' after all blocks but the last `skip`, before the final norm."""
+        """The hidden states 'b l d' after all blocks but the last `skip`, before the final norm."""
         if ids.shape[-1] > self.config.length:
             raise ValueError(f"{ids.shape[-1]} tokens; this text encoder takes {self.config.length}: split the prompt")
         if not 0 <= skip < len(self.blocks):
@@ -57,7 +57,7 @@ class CLIPText(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each round a skip."""
+    """Pre-norm attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         super().__init__()

@@ -1,6 +1,6 @@
 """ControlNet (Zhang et al. 2023): a trainable copy of the encoder that steers a frozen U-Net through its skips.
 
-It is also the worked example of the conditioning seam: the U-Net knows nothing of it but `cond.residuals`.
+It is also the worked example of how to add a conditioning: all that the U-Net knows of it is `cond.residuals`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minisd.models.unet import (
 
 
 class ControlNet(nn.Module):
-    """Residuals for a U-Net's skips and middle, from x_t, t, the conditioning and a hint picture."""
+    """Residuals for a U-Net's skips and middle, from x_t, t, the conditioning and a hint (edges, depth, a pose)."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__()

@@ -47,7 +47,7 @@ def decode_latents(vae: VAE, latents: Tensor, tile_rows: int | None = None) -> T
 
 
 def decoded(vae: VAE, latents: Tensor, tile_rows: int | None) -> Tensor:
-    """`decode_latents` as it stands, whatever comes out."""
+    """`decode_latents` without its check for NaN and infinity."""
     rows = _rows(latents.shape[-2] * latents.shape[-1] * vae.config.factor**2, tile_rows)
     z = latents.to(vae.quant_conv.weight.dtype)
     return (tiled_decode(vae, z, rows=rows) if rows else vae.decode(z)).float()
@@ -55,7 +55,7 @@ def decoded(vae: VAE, latents: Tensor, tile_rows: int | None) -> Tensor:
 
 @torch.no_grad()
 def _finite(vae: VAE, run: Callable[[VAE], Tensor], again: Callable[[VAE], None], name: str) -> Tensor:
-    """run(vae), of a copy in float32 where half precision fails; the layer is named where that fails too."""
+    """run(vae), by a copy in float32 where half precision overflows; an error names the layer if that fails too."""
     result, dtype = run(vae), vae.quant_conv.weight.dtype
     if not result.isfinite().all() and dtype in (torch.float16, torch.bfloat16):
         warnings.warn(f"the {name} gave NaN or infinity in {dtype}: run again in float32", stacklevel=4)

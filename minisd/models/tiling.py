@@ -1,9 +1,9 @@
 """The VAE on images too large for it: encode and decode tile by tile, in about a third of the memory, without seams.
 
 This computes what the untiled network computes, up to rounding: nothing is left out, blended or done twice. An image
-flows through the convolutions as a stream of tiles, horizontal stripes, each with one row borrowed from either
+flows through the convolutions as a stream of tiles, rows of the full width, each with one row borrowed from either
 neighbour (the halo of a 3×3 convolution). Only a GroupNorm has to see the whole image before it lets a row pass: there
-the tiles wait until the last one has been counted. The middle, whose attention is global, runs whole, at latent size.
+the tiles wait until it has counted the last one. The middle, whose attention is global, runs whole, at latent size.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Device = torch.device | str | None
 
 @torch.no_grad()
 def tiled_decode(vae: VAE, latents: Tensor, *, rows: int = 64, offload: Device = None) -> Tensor:
-    """vae.decode(latents), stripe by stripe: U-Net latents 'b c h w' → image 'b 3 H W' in about [-1, 1], no gradients.
+    """vae.decode(latents), tile by tile: U-Net latents 'b c h w' → image 'b 3 H W' in about [-1, 1], no gradients.
 
-    rows: image rows per stripe, a multiple of vae.config.factor; fewer take less memory and more time. offload: the
-    device on which stripes wait between layers; None leaves them where they are. The images of a batch go one after
+    rows: image rows per tile, a multiple of vae.config.factor; fewer take less memory and more time. offload: the
+    device on which tiles wait between layers; None leaves them where they are. The images of a batch go one after
     the other. Any dtype; statistics are summed in float32 at least. ValueError for impossible shapes and rows.
     """
     _check(vae, "latents", latents, rows)
@@ -36,7 +36,7 @@ def tiled_decode(vae: VAE, latents: Tensor, *, rows: int = 64, offload: Device =
 
 @torch.no_grad()
 def tiled_encode(vae: VAE, image: Tensor, *, rows: int = 64, offload: Device = None) -> DiagonalGaussian:
-    """vae.encode(image), stripe by stripe; rows, offload and errors as in `tiled_decode`, and those of vae.encode."""
+    """vae.encode(image), tile by tile; rows, offload and errors as in `tiled_decode`, and those of vae.encode."""
     _check(vae, "image", image, rows)
     check_sides(image, vae.config.factor)
     moments = torch.cat([_moments(vae, one, rows, offload) for one in image.split(1)])
@@ -70,7 +70,7 @@ def _moments(vae: VAE, image: Tensor, rows: int, offload: Device) -> Tensor:
 
 
 def res_block(block: ResBlock, stripes: Iterable[Tensor], offload: Device = None) -> Iterator[Tensor]:
-    """ResBlock.forward without an embedding. The input is given up, stripe by stripe, for skip and hidden map."""
+    """ResBlock.forward without an embedding. Of every tile only the skip and the hidden map are kept."""
     skips: deque[Tensor] = deque()
 
     def hidden() -> Iterator[Tensor]:
@@ -89,7 +89,7 @@ def upsample(layer: Upsample, stripes: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def downsample(layer: Downsample, stripes: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The VAE's, which pads right and below: a stripe of an even number of rows needs one row of the next."""
+    """The VAE's, which pads right and below: a tile of an even number of rows needs one row of the next."""
     for window in with_halo(stripes, above=False):
         yield layer.conv(F.pad(window, (0, 1)))
 
@@ -100,34 +100,34 @@ def convolve(conv: Conv3x3, stripes: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def with_halo(stripes: Iterable[Tensor], *, above: bool = True) -> Iterator[Tensor]:
-    """Each stripe 'b c h w' between the last row of the one above and the first of the one below, zeros at the ends."""
+    """Each tile 'b c h w' between the last row of the one above and the first of the one below, zeros at the ends."""
     stripes = iter(stripes)
-    stripe = next(stripes)
-    edge = torch.zeros_like(stripe[:, :, :1])
+    tile = next(stripes)
+    edge = torch.zeros_like(tile[:, :, :1])
     upper = edge
-    while stripe is not None:
+    while tile is not None:
         following = next(stripes, None)
         lower = edge if following is None else following[:, :, :1]
-        yield torch.cat([upper, stripe, lower] if above else [stripe, lower], dim=2)
-        # a copy: a view of one row would keep its whole stripe alive
-        upper, stripe = stripe[:, :, -1:].clone(), following
+        yield torch.cat([upper, tile, lower] if above else [tile, lower], dim=2)
+        # a copy: a view of one row would keep its whole tile alive
+        upper, tile = tile[:, :, -1:].clone(), following
 
 
 def norm_silu(norm: nn.GroupNorm, stripes: Iterable[Tensor], offload: Device = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, silu(norm(x))) for each stripe x, once all have come and the statistics of the whole picture are known."""
+    """(x, silu(norm(x))) for each tile x, once all have come and the statistics of the whole image are known."""
     waiting: deque[Tensor] = deque()
     counts, variances, means = [], [], []
     for x in stripes:
         groups = rearrange(x, "b (g c) h w -> b g (c h w)", g=norm.num_groups)
         mean = groups.mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        # two passes: as exact as torch.var_mean, and several times faster on a CPU
+        # in two passes: as exact as torch.var_mean, and faster on a CPU
         variances.append((groups - mean[..., None]).square_().mean(-1))
         counts.append(groups.shape[-1])
         means.append(mean)
         waiting.append(x.to(offload or x.device))
     device, dtype = x.device, x.dtype
     del x, groups
-    # the law of total variance puts the stripes together: no difference of large sums, which half precision would feel
+    # the law of total variance puts the tiles together: no difference of large sums, which half precision would feel
     share = torch.tensor(counts, device=device, dtype=mean.dtype)[:, None, None] / sum(counts)
     means = torch.stack(means)
     mean = (share * means).sum(0)

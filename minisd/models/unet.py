@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion, and the conditioning that it understands."""
+"""The U-Net of Stable Diffusion, and the conditioning that it takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minisd.nn.transformer import KeysValues, SpatialTransformer
 
 
 class UNet(nn.Module):
-    """ε, v or x̂₀ from a noisy latent, a time and a conditioning (Rombach et al. 2022, section 3.3).
+    """ε, v or x̂₀ from a noisy latent, a timestep and a conditioning (Rombach et al. 2022, section 3.3).
 
     Every slot of `down` pushes a skip, every slot of `up` pops one; the topology is `config.plan()`.
     """
@@ -40,7 +40,7 @@ class UNet(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Conditioning) -> Tensor:
-        """x_t 'b c h w' of any side lengths; t an int, a float or a tensor 'b', in [0, T-1] → 'b out_channels h w'.
+        """x_t 'b c h w' of any side lengths; t: timestep in [0, T-1], a number or a tensor 'b' → 'b out_channels h w'.
 
         cond.concat is joined to x_t along channels; cond.context must have the batch of x_t.
         """
@@ -64,7 +64,7 @@ class UNet(nn.Module):
 
         for slot in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
-            # an odd side is halved upwards on the way down, so the way up takes the size of the skip it will meet
+            # half of an odd side is rounded up on the way down, so upsampling takes the size of the next skip
             x = slot(x, emb, next(contexts), size=skips[-1].shape[-2:] if skips else None)
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
@@ -77,7 +77,7 @@ class UNet(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, Attention)}
 
     def with_keys_values(self, cond: Conditioning) -> Conditioning:
-        """cond with the keys and values of its context computed: they are the same at every step of a sampling.
+        """cond with the keys and values of its context computed: they are the same at every sampling step.
 
         Exact. They belong to the present weights: make them again after a weight (a LoRA, say) has changed.
         """
@@ -133,7 +133,7 @@ class Conditioning:
     """All that a U-Net is told besides x_t and t.
 
     context: 'b l d', for the cross-attention. y: raw class or noise level 'b' (integer), or vector 'b e', which the
-    U-Net's own label_emb maps and adds to the time embedding. concat: 'b c h w', joined to x_t (inpainting, depth).
+    U-Net's own label_emb maps and adds to the timestep embedding. concat: 'b c h w', joined to x_t (inpainting, depth).
     residuals: one tensor per skip plus one for the middle, added to them (ControlNet). kv: the keys and values of the
     context, one entry per slot, computed once by `unet.with_keys_values`.
     """
@@ -153,7 +153,7 @@ class Conditioning:
         lengths = {cond.context.shape[1] for cond in conds}
         if len(lengths) > 1:
             raise ValueError(
-                f'cannot join contexts of {sorted(lengths)} tokens: pad the shorter prompt with chunks of ""'
+                f"cannot join contexts of {sorted(lengths)} tokens: repeat them to one length, text.prompts.same_length"
             )
         return cls(*(_map(lambda *parts: torch.cat(parts), *(getattr(c, f.name) for c in conds)) for f in fields(cls)))
 
@@ -186,7 +186,7 @@ def embed_time(network: Any, t: Tensor | float, cond: Conditioning, x: Tensor) -
 
 
 def label_embedding(config: UNetConfig) -> nn.Module | None:
-    """What maps cond.y to the width of the time embedding; None for a network without y."""
+    """What maps cond.y to the width of the timestep embedding; None for a network without y."""
     if config.num_classes is not None:
         return nn.Embedding(config.num_classes, config.embedding_dim)
     if config.vector_dim is not None:
@@ -195,12 +195,12 @@ def label_embedding(config: UNetConfig) -> nn.Module | None:
 
 
 def embedding_mlp(in_features: int, out_features: int) -> nn.Sequential:
-    """The two linear layers through which times and vectors y reach the width of the embedding."""
+    """The two linear layers that bring timesteps, and vectors y, to the width of the embedding."""
     return nn.Sequential(nn.Linear(in_features, out_features), nn.SiLU(), nn.Linear(out_features, out_features))
 
 
 def check_inputs(config: UNetConfig, x: Tensor, cond: Conditioning) -> None:
-    """ValueError, in words, for what would otherwise end in a shape error deep inside."""
+    """ValueError that says what is wrong, where a shape error deep inside would come otherwise."""
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(
             f"this U-Net takes {config.in_channels} input channels 'b c h w', got {tuple(x.shape)}"
@@ -222,7 +222,7 @@ def check_inputs(config: UNetConfig, x: Tensor, cond: Conditioning) -> None:
 
 
 def zero_residual_branches(network: nn.Module) -> None:
-    """Start every residual branch at zero (Dhariwal & Nichol 2021): a new network begins as the identity."""
+    """Start every residual branch at zero (Dhariwal & Nichol 2021): each block begins as its skip."""
     for module in network.modules():
         last = getattr(module, {ResBlock: "conv2", SpatialTransformer: "proj_out"}.get(type(module), ""), None)
         if last is not None:

@@ -1,4 +1,4 @@
-"""The KL autoencoder: pictures to latents and back (Rombach et al. 2022, section 3.1)."""
+"""The KL autoencoder: images to latents and back (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from minisd.nn.blocks import Conv3x3, Downsample, ResBlock, Upsample, layers
 class VAE(nn.Module):
     """encode: image 'b 3 H W' in [-1, 1] → DiagonalGaussian over U-Net latents; decode: the way back.
 
-    Both speak *U-Net latents*: the scale factor is applied here, once, and nowhere else. Module names are the official
-    ones, except `skip` for `nin_shortcut`.
+    Latents are always *U-Net latents*: the scale factor is applied inside (and by the VAE's tiled form, `tiling.py`),
+    nowhere else. Module names are the official ones, except `skip` for `nin_shortcut`.
     """
 
     def __init__(self, config: VAEConfig):
@@ -57,7 +57,7 @@ def check_sides(image: Tensor, factor: int) -> None:
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """A normal distribution over U-Net latents 'b c h w', of independent components."""
+    """The VAE's posterior: a normal distribution over U-Net latents 'b c h w', of independent components."""
 
     mean: Tensor
     std: Tensor

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ · scale) v, written out and in PyTorch's quick form, and the layer that the networks are built with."""
+"""softmax(q kᵀ · scale) v, written out and in PyTorch's fused form, and the layer that the networks are built with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), i heads at a time: the form to read.
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), the form to read: the axis i holds the heads.
 
     q: 'b n i d'; k, v: 'b m i d', all of one floating dtype, which is the result's too. Returns 'b n i d'. Scores and
-    softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query j sees the keys 0..j.
+    softmax are accumulated in float32 at least. scale: d^-0.5 when None. causal: query n sees the keys 0..n.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulate = torch.promote_types(q.dtype, torch.float32)
@@ -25,7 +25,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
     """The same by PyTorch's fused attention; heads move in front of tokens as views, without a copy."""
-    # on rows that are not contiguous PyTorch silently writes all n² scores out, at five times the time
+    # on rows that are not contiguous PyTorch silently writes all n² scores out, which is far slower
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     q, k, v = (rearrange(x, "b n i d -> b i n d") for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), "b i n d -> b n i d")
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
     width: of x and of the result. context_width: of the context, `width` when None. heads divides width. qkv_bias: CLIP
     has biases on its projections, the U-Net has not. `attend` is the form that runs: `sdpa_attention`, unless an
-    experiment or `runtime.optimize` puts another there. LoRA, token maps and IP-Adapter wrap this layer.
+    experiment or `runtime.optimize` puts another there. LoRA, cross-attention maps and IP-Adapter wrap this layer.
     """
 
     attend = staticmethod(sdpa_attention)

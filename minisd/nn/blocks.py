@@ -14,9 +14,9 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class ResBlock(nn.Module):
-    """norm-silu-conv twice, round a skip: x + conv2(silu(norm2(conv1(silu(norm1(x))) + emb))).
+    """norm-silu-conv twice, with a residual connection: x + conv2(silu(norm2(conv1(silu(norm1(x))) + emb))).
 
-    embedding_dim: width of the time embedding that is added between the convolutions; None (the VAE) adds nothing.
+    embedding_dim: width of the timestep embedding that is added between the convolutions; None (the VAE) adds nothing.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution. size: the side lengths to reach; None doubles them."""
+    """Nearest neighbour, then a convolution. forward's size: the side lengths to reach; None doubles them."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        # interpolate's uint8-free path supports bfloat16 and channels-last; "nearest" repeats pixels exactly
+        # "nearest" repeats every pixel exactly; where a side of `size` is odd the last one comes once
         size = (2 * x.shape[-2], 2 * x.shape[-1]) if size is None else size
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 

@@ -1,4 +1,4 @@
-"""The transformer between the U-Net's convolutions: how a picture listens to its prompt."""
+"""The transformer between the U-Net's convolutions: how an image is conditioned on its prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minisd.nn.blocks import layers
 
 
 class SpatialTransformer(nn.Module):
-    """Norm, pixels to tokens, blocks of self- and cross-attention, tokens to pixels, round a skip.
+    """Norm, pixels to tokens, blocks of self- and cross-attention, tokens to pixels, with a residual connection.
 
     The projections in and out act on every token alone. SD1 stores them as 1×1 convolutions, SD2 as linear layers
     (linear_projection): the same arithmetic on weights of another shape.
@@ -57,7 +57,7 @@ KeysValues = tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention, cross-attention and feed-forward, each round a skip."""
+    """Pre-norm self-attention, cross-attention and feed-forward, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, context_dim: int, self_attention: bool, norm_eps: float):
         super().__init__()

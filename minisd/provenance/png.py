@@ -37,9 +37,9 @@ def read_png(path: Path) -> tuple[Call, int]:
             image.load()
             text = image.info.get(CHUNK)
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such picture") from None
+        raise ValueError(f"{path}: there is no such image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
+        raise ValueError(f"{path}: not a readable image ({error})") from error
     if not isinstance(text, str):
         raise ValueError(f"{path}: it does not say how it was made; replay needs a PNG as minisd saved it")
     try:

@@ -6,7 +6,7 @@ for sampling in txt2img(sd, "a red apple"):
     images = sampling.images()
 
 A new task is a dataclass of its options with the method that runs it, in a file of its own, and a line in TASKS: it
-then is a method of `StableDiffusion`, a command, and what a PNG's record can replay.
+then is a method of `StableDiffusion`, a command, and what the metadata of a PNG can replay.
 """
 
 from minisd.tasks.img2img import Img2Img

@@ -1,4 +1,4 @@
-"""Pictures in and out: PIL images ↔ tensors 'b 3 h w' in [-1, 1]."""
+"""Images in and out: PIL images ↔ tensors 'b 3 h w' in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """A picture from a file, upright (EXIF honoured). ValueError where it is none."""
+    """An image from a file, upright (EXIF honoured). ValueError where it is none."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).copy()
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such picture") from None
+        raise ValueError(f"{path}: there is no such image") from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
+        raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def to_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
     """'1 1 h w' bool, True where the mask is white (128 or more): the part to repaint. size: (height, width)."""
     mask = _opaque(mask, "black")
     if (mask.height, mask.width) != tuple(size):
-        raise ValueError(f"the mask is {mask.width}×{mask.height}, the picture {size[1]}×{size[0]}: make them equal")
+        raise ValueError(f"the mask is {mask.width}×{mask.height}, the image {size[1]}×{size[0]}: make them equal")
     return torch.from_numpy(np.array(mask.convert("L")) >= 128)[None, None]
 
 
@@ -46,12 +46,12 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
     """Upright (EXIF honoured), 8 bits deep, transparent parts over the background."""
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
-        raise ValueError(f"a picture is a PIL image, not {kind}: files are opened by minisd.tasks.images.load_image")
+        raise ValueError(f"an image is a PIL image, not {kind}: files are opened by minisd.tasks.images.load_image")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which PIL itself would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("a picture of floats has no known range: convert it to 8 bits first")
+        raise ValueError("an image of floats has no known range: convert it to 8 bits first")
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
@@ -79,7 +79,7 @@ def inward_feather(mask: Tensor, width: int) -> Tensor:
     """Weights 'b 1 h w' in [0, 1]: 0 outside the mask, rising inside it to 1 at `width` pixels from its border.
 
     In parts too narrow for that they reach 1 in the middle: the depth of a pixel is divided by that of the deepest
-    square inside the mask which it belongs to. The picture's edge is no border.
+    square inside the mask which it belongs to. The image's edge is no border.
     """
     if width < 0:
         raise ValueError(f"feather is {width}: it is a number of pixels, 0 or more")
@@ -102,9 +102,9 @@ def composite(original: Tensor, painted: Tensor, weight: Tensor) -> Tensor:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All pictures of one size on one sheet, about square unless columns are given."""
+    """All images on one, in cells of one size, about square unless columns are given."""
     if not images:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)
     width, height = max(i.width for i in images), max(i.height for i in images)

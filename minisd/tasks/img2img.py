@@ -1,4 +1,4 @@
-"""An image from an image: noise it part of the way, and come back along the prompt (SDEdit, Meng et al. 2022)."""
+"""An image from an image: noise it part of the way, and denoise it with the prompt (SDEdit, Meng et al. 2022)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Img2Img(Options):
-    """Redraw an image after a prompt.
+    """Redraw an image by a prompt.
 
     Attributes:
         image: the image to start from
@@ -68,8 +68,8 @@ def partial_timesteps(
     if exact_steps:
         if steps > below:
             raise ValueError(
-                f"strength {strength} leaves {below} of the schedule's {sd.schedule.num_timesteps} times, too few for "
-                f"exactly {steps} steps: use fewer steps, or a larger strength"
+                f"strength {strength} leaves {below} of the schedule's {sd.schedule.num_timesteps} timesteps, too few "
+                f"for exactly {steps} steps: use fewer steps, or a larger strength"
             )
         return sd.timesteps(steps, spacing, below)
     count = math.floor(steps * strength + 1e-9)  # the tiny term keeps 0.29 · 100 from being 28

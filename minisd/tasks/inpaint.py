@@ -26,7 +26,7 @@ class Inpaint(Options):
 
     With a 9-channel inpainting model the U-Net sees the mask and the image without the masked part. With an ordinary
     model the known latents are noised and put back after every step (Lugmayr et al. 2022, eq. 8, without their
-    resampling).
+    resampling, and with one noise for all steps).
 
     Attributes:
         image: the image
@@ -109,14 +109,14 @@ def with_mask(batch: Batch, hole: Tensor, masked: DiagonalGaussian, dtype: torch
 
 
 def kept_latents(hole: Tensor, factor: int) -> Tensor:
-    """'1 1 h w' bool: the latents not one of whose pixels is to be painted."""
+    """'1 1 h w' bool: True for a latent none of whose pixels is to be painted."""
     import torch.nn.functional as F
 
     return F.max_pool2d(hole.float(), factor) == 0
 
 
 def blended(steps: Iterator[Step], latents: Tensor, noise: Tensor, keep: Tensor, schedule: Schedule) -> Iterator[Step]:
-    """The steps, each with the known latents put back, noised to its time, before the sampler goes on from it."""
+    """The steps, each with the known latents put back, noised to its timestep, before the sampler goes on from it."""
     for step in steps:
         known = latents if step.t_prev is None else schedule.q_sample(latents, step.t_prev, noise)
         step.x.copy_(known.where(keep, step.x))

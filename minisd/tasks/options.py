@@ -1,4 +1,4 @@
-"""What a task is told: one dataclass each, and from it its Python signature, its command line and a picture's record.
+"""What a task is told: one dataclass each, and from it its Python signature, its command line and an image's metadata.
 
 Free of torch, so that the command line and its help never wait for it; a task imports what it runs when it runs.
 """
@@ -32,7 +32,7 @@ class Options:
         guidance_scale: classifier-free guidance (CFG) scale; 1 disables guidance and halves the time
         guidance_rescale: CFG rescale φ in [0, 1], against over-exposure at high scales (Lin et al. 2023; theirs is 0.7)
         guidance_interval: guide only at timesteps t between these two (Kynkäänniemi et al. 2024)
-        spacing: timestep spacing ("schedule type"); karras is a σ ladder; leading where the sampler's name says nothing
+        spacing: timestep spacing ("schedule type"); karras spaces σ; leading where the sampler's name says nothing
         eta: noise of ddim and euler_ancestral, from 0 (deterministic) to 1 (DDPM's); the sampler's own when left out
         prompt_syntax: how (weights:1.3), [brackets] and long prompts are read
         clip_skip: last layers of the text encoder to skip, 1 is what A1111 calls 2; the model's own when left out
@@ -118,8 +118,8 @@ def function(task: type[Options]) -> Callable[..., Iterator]:
     names = {parameter.name for parameter in extra}
 
     def run(*args: Any, **options: Any) -> Iterator:
-        given = {name: options.pop(name) for name in list(options) if name in names or name in task.images()}
-        return task.of(options).samplings(*args, **given)
+        inputs = {name: options.pop(name) for name in list(options) if name in names or name in task.images()}
+        return task.of(options).samplings(*args, **inputs)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     chosen = [

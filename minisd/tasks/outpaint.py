@@ -1,4 +1,4 @@
-"""Paint on beyond the edges of an image: inpainting in a wider frame."""
+"""Paint on beyond the edges of an image: inpainting on a larger canvas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all tasks share: a sampling under way, the batches of a call, and the noise of each image."""
+"""What all tasks share: a batch being sampled, the batches of a call, and the noise of each image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Sampling:
     """One batch on its way from noise to images: iterate to take the steps, then ask for the `images()`.
 
     latents: x_t as it stands, 'b c h w'. steps: what the sampler yields. finish: the decoded images 'b 3 h w' in
-    [-1, 1] → uint8. is_draft: a first pass, whose images only the second one wants. len() is the number of steps.
+    [-1, 1] → uint8. is_draft: the first pass of hires_fix, for the second to use. len() is the number of steps.
     """
 
     sd: LatentDiffusion
@@ -86,7 +86,7 @@ class Sampling:
         return self._decode(self.latents)
 
     def preview(self, step: Step) -> list[Image.Image]:
-        """What the model believes the images to be, decoded from a step's x_0."""
+        """The images that the model predicts at a step, decoded from its x_0."""
         return to_pil(self.finish(self._decode(step.x_0)))
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images of a call: their places in it, prompts and seeds, and what follows from these.
+    """Some images of a call: their places in it, prompts and seeds, and what is made of them.
 
     uncond is None where guidance is off. noise: of each image from its own generator.
     """
@@ -180,7 +180,7 @@ def _conditions(
 
 
 class Noise:
-    """Standard normal noise, of each image from its own generator on the CPU: no image knows of its neighbours.
+    """Standard normal noise, of each image from its own generator on the CPU: no image depends on its neighbours.
 
     Called with a tensor it draws the next noise of its shape, as samplers ask.
     """

@@ -55,7 +55,7 @@ class Txt2Img(Options):
         height, width = sd.image_size(self.height, self.width)
         first = (height, width) if self.hires_fix is None else first_pass_size(sd, height, width)
         shape, timesteps = sd.latent_shape(*first), sd.timesteps(self.steps, self.spacing or "leading")
-        again = [] if self.hires_fix is None else partial_timesteps(sd, self, self.hires_fix)
+        second = [] if self.hires_fix is None else partial_timesteps(sd, self, self.hires_fix)
 
         for batch in batches(sd, prompt, self):
             if self.variation_seed is not None or self.variation_strength:
@@ -71,13 +71,13 @@ class Txt2Img(Options):
             if sampling.is_draft:
                 for _ in sampling:  # the steps that the caller left
                     pass
-                # never rounded to 8 bits on the way, which would make much of the least difference between batches
+                # not rounded to 8 bits on the way, which would magnify the float differences between batch sizes
                 draft = sd.decode(sampling.latents, vae_tiling=self.vae_tiling).clamp(-1, 1)
                 image = F.interpolate(draft, (height, width), mode="bicubic")
                 x_0 = batch.noise.sample(sd.encode(image, vae_tiling=self.vae_tiling))
-                x_t = sd.schedule.q_sample(x_0, again[0], batch.noise(x_0))
-                steps = denoise(sd, self, batch, x_t, again, network)
-                yield Sampling(sd, self, batch, x_t, again, steps)
+                x_t = sd.schedule.q_sample(x_0, second[0], batch.noise(x_0))
+                steps = denoise(sd, self, batch, x_t, second, network)
+                yield Sampling(sd, self, batch, x_t, second, steps)
 
 
 def rows_of(latents: Tensor, indices: list[int], shape: tuple[int, ...]) -> Tensor:

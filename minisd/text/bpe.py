@@ -46,7 +46,7 @@ class Vocabulary(NamedTuple):
 
 @lru_cache(maxsize=1)
 def vocabulary() -> Vocabulary:
-    """CLIP's 49406 entries, read once (0.1 s) from the file that OpenAI published."""
+    """CLIP's 49406 entries, read once from the file that OpenAI published."""
     # the file writes a printable byte as its Latin-1 character and the others, in order, as U+0100 and on
     symbols = [chr(byte) for byte in _PRINTABLE] + [chr(256 + i) for i in range(256 - len(_PRINTABLE))]
     symbols += [symbol + "</w>" for symbol in symbols]

@@ -1,13 +1,13 @@
 r"""From prompts to the context of the U-Net, in the syntax for which the prompt was written.
 
-    syntax  weights                                 over 75 tokens            what a weight w does to the states z
+    syntax  weights                                 over 75 tokens            what a weight w does to hidden states z
     plain       - (brackets are text)                   cut, with a warning       -
     chunked     - (brackets are text)                   chunks                    -
     a1111       (x) [x] (x:1.3), escaped by a backslash chunks, BREAK, commas     w·z, then rescaled to the mean of z
     comfyui     (x) (x:1.3), escaped by a backslash     chunks                    z_empty + w·(z - z_empty)
 
 "plain" is Stable Diffusion's own code (CompVis), "a1111" AUTOMATIC1111's stable-diffusion-webui, "comfyui" ComfyUI. A
-chunk is up to 75 ids between BOS and EOS; it is encoded by itself, and the states of a prompt's chunks are joined.
+chunk is up to 75 ids between BOS and EOS; it is encoded by itself, and the states of a prompt's chunks concatenated.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def encode_prompts(
 ) -> Tensor:
     """The context 'b l d' of the prompts; l is the tokenizer's length (77) times the number of chunks.
 
-    text_encoder: ids 'n 77' (int64, on `device`) → states 'n 77 d', such as CLIPText. Weights act in float32 or wider;
-    the result has the states' dtype. Prompts of unequal length are repeated to one length, which changes no image (see
-    `same_length`), and none depends on its neighbours. ValueError for an unknown syntax or no prompt.
+    text_encoder: ids 'n 77' (int64, on `device`) → hidden states 'n 77 d', such as CLIPText. Weights act in float32 or
+    wider; the result has the states' dtype. Prompts of unequal length are repeated to one length, which changes no
+    image (see `same_length`), and none depends on its neighbours. ValueError for an unknown syntax or no prompt.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -65,10 +65,10 @@ def encode_prompts(
 
 
 def same_length(*contexts: Tensor) -> list[Tensor]:
-    """Contexts 'b l d' of any lengths, repeated whole until all are equally long: for a prompt and its negative one.
+    """Contexts 'b l d' of any lengths, repeated whole until all are equally long: for a prompt and its negative prompt.
 
     Exact: over k copies of the same keys and values, softmax attention gives what it gives over one. (ComfyUI does this
-    in comfy/conds.py; A1111 runs the two apart.) To pad with chunks of "" would change an image with the length of the
+    in comfy/conds.py; A1111 runs two passes.) To pad with chunks of "" would change an image with the length of the
     prompt beside it.
     """
     length = math.lcm(*(context.shape[1] for context in contexts))
@@ -79,7 +79,7 @@ def weigh_a1111(states: Tensor, weights: Tensor) -> Tensor:
     """w·z of states z 'n l d' and weights w 'n l', rescaled so that the mean of each chunk is what it was.
 
     stable-diffusion-webui modules/sd_emphasis.py, "Original"; there the mean is over the tensor of one call, which
-    holds one chunk of one prompt. ValueError where the weights turn a mean round, or to zero: no scale restores it.
+    holds one chunk of one prompt. ValueError where a mean changes its sign or becomes zero: no scale restores it.
     """
     z = states.to(torch.promote_types(states.dtype, torch.float32))
     weighted = z * weights[..., None]
@@ -131,7 +131,7 @@ def chunk_prompt(tokenizer: Tokenizer, prompt: str, syntax: str) -> list[Chunk]:
     return [_frame(tokenizer, run) for run in runs]
 
 
-Run = list[tuple[int, float]]  # the (id, weight) of one chunk, without its frame
+Run = list[tuple[int, float]]  # the (id, weight) of one chunk, without BOS, EOS and padding
 
 
 def _frame(tokenizer: Tokenizer, run: Run) -> Chunk:

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: clean the text, cut it into words, spell each word in byte pairs, frame the ids as rows.
+"""CLIP's tokenizer: clean the text, cut it into words, encode each word by BPE, frame the ids (BOS, EOS, padding).
 
 The ids equal those of openai/CLIP's own tokenizer, which the text towers were trained with. On raw text Hugging Face's
 fast CLIPTokenizer differs by design: it neither repairs text with ftfy nor decodes HTML entities, so curly quotes,
@@ -76,9 +76,9 @@ class Tokenizer:
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """The words of a text, cleaned, each with its ids."""
         cleaned = clean(text)
-        found = [(start, list(ids)) for start, ids in self._words(cleaned)]
-        ends = [*(start for start, _ in found[1:]), len(cleaned)]
-        return [(cleaned[start:end].strip(), ids) for (start, ids), end in zip(found, ends, strict=False)]
+        words = [(start, list(ids)) for start, ids in self._words(cleaned)]
+        ends = [*(start for start, _ in words[1:]), len(cleaned)]
+        return [(cleaned[start:end].strip(), ids) for (start, ids), end in zip(words, ends, strict=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text that the ids spell, as CLIP reads it: lower case, a space after every word ("isn 't", "1 2").

@@ -16,7 +16,7 @@ from minisd.diffusion.schedule import Schedule, weighted_sum
 def ddim(
     model: Model, x: Tensor, schedule: Schedule, timesteps: Timesteps, *, eta: float = 0.0, noise: Noise | None = None
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to `schedule.final_alpha_cumprod`, one Step for each of them.
+    """Walk x down the descending timesteps and on to `schedule.final_alpha_cumprod`, one Step for each of them.
 
     x: x_t at timesteps[0], 'b c h w'. eta in [0, 1]: 0 is deterministic, 1 is ddpm. noise: draws N(0, I) like its
     argument, `torch.randn_like` if not given; called once per step that adds noise.
@@ -43,7 +43,7 @@ def ddim_step(
 
 
 def ddim_sigma(abar_t: Tensor, abar_prev: Tensor, eta: float) -> Tensor:
-    """σ = η √((1 - ᾱ_prev)/(1 - ᾱ_t)) √(1 - ᾱ_t/ᾱ_prev), the noise of one step (eq. 16)."""
+    """σ = η √((1 - ᾱ_prev)/(1 - ᾱ_t)) √(1 - ᾱ_t/ᾱ_prev), the noise of one step (eq. 16): not the σ of `Schedule`."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it lies in [0, 1], from deterministic to ddpm")
     return eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
@@ -52,11 +52,11 @@ def ddim_sigma(abar_t: Tensor, abar_prev: Tensor, eta: float) -> Tensor:
 def ddim_invert(
     model: Model, x: Tensor, schedule: Schedule, timesteps: Timesteps, *, iterations: int = 1
 ) -> Iterator[Step]:
-    """The way back: from a clean x up the same falling timesteps, last to first; `ddim` takes the final Step.x to x.
+    """The way back: from a clean x up the same timesteps, last to first; `ddim` takes the final Step.x to x.
 
     iterations=1 takes ε at (x_prev, t) instead of the unknown (x_t, t), which is right to first order and what most
-    codes do; each further iteration puts the x_t it found in its place, until the round trip is exact.
-    A Step's t is the time it left (None: clean), and t_prev, the higher one, is where x is now.
+    implementations do; each further iteration puts the x_t it found in its place, until the round trip is exact.
+    A Step's t is the timestep it left (None: clean), and t_prev, the higher one, is where x is now.
     """
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: give 1 or more")

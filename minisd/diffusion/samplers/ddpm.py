@@ -21,7 +21,7 @@ def ddpm(
     variance: Literal["small", "large"] = "small",
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to ᾱ = 1, where no noise is added.
+    """Walk x down the descending timesteps and on to ᾱ = 1, where no noise is added.
 
     variance: of p(x_prev | x_t) where the model's Prediction brings no log_variance of its own, see `ddpm_variance`.
     A Prediction's mean, if it has one, takes the place of the posterior's. noise: see `ddim`.

@@ -12,7 +12,7 @@ from minisd.diffusion.schedule import Schedule, weighted_sum
 def dpmpp_2m(
     model: Model, x: Tensor, schedule: Schedule, timesteps: Timesteps, *, noise: Noise | None = None
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to σ = 0. Second order at one model call a step; draws no noise.
+    """Walk x down the descending timesteps and on to σ = 0. Second order at one model call a step; draws no noise.
 
     The first step, which has no past, and the last, where λ becomes infinite, are of first order (DDIM's).
     """

@@ -26,7 +26,7 @@ def euler(
     s_noise: float = 1.0,
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to σ = 0; without churn this is ddim with a final ᾱ of 1.
+    """Walk x down the descending timesteps and on to σ = 0; without churn this is ddim with a final ᾱ of 1.
 
     s_churn > 0, shared out among the steps, makes the sampler stochastic: before each step at σ in [s_tmin, s_tmax] it
     raises σ, by 41 % at most, with s_noise times the noise that this takes. noise: see `ddim`.
@@ -60,13 +60,13 @@ def churn_rate(abar_t: Tensor, most: float, s_tmin: float, s_tmax: float) -> Ten
 def churn(x: Tensor, noise: Tensor, abar_t: Tensor, gamma: Tensor, schedule: Schedule) -> tuple[Tensor, Time, Tensor]:
     """(x, t, ᾱ) at σ_hat = (1 + γ) σ_t: x/√ᾱ gains √(σ_hat² - σ_t²) noise (algorithm 2, lines 5 and 6).
 
-    Where σ_hat is above the schedule's largest finite σ the model is told the time of that one, as in k-diffusion.
+    Where σ_hat is above the schedule's largest finite σ the model is told the timestep of that one, as in k-diffusion.
     """
     sigma = sigma_from_abar(abar_t)
     sigma_hat = (1 + gamma) * sigma
     abar_hat = 1 / (1 + sigma_hat**2)
     added = (sigma_hat**2 - sigma**2).sqrt()
     x_hat = weighted_sum((abar_hat / abar_t).sqrt(), x, abar_hat.sqrt() * added, noise)
-    most = schedule.sigmas[schedule.sigmas.isfinite()].max()
-    t_hat = schedule.t_from_sigma(sigma_hat.clamp(max=most))
+    sigma_max = schedule.sigmas[schedule.sigmas.isfinite()].max()
+    t_hat = schedule.t_from_sigma(sigma_hat.clamp(max=sigma_max))
     return x_hat, t_hat if t_hat.ndim else t_hat.item(), abar_hat

@@ -20,7 +20,7 @@ def euler_ancestral(
     s_noise: float = 1.0,
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to σ = 0, where no noise is added.
+    """Walk x down the descending timesteps and on to σ = 0, where no noise is added.
 
     eta in [0, 1], from `euler` to ddpm; s_noise multiplies the noise. With s_noise = 1 this is ddim of the same eta and
     a final ᾱ of 1. noise: see `ddim`.

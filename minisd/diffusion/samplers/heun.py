@@ -24,7 +24,7 @@ def heun(
     s_noise: float = 1.0,
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to σ = 0. Second order; two model calls a step, one in the last.
+    """Walk x down the descending timesteps and on to σ = 0. Second order; two model calls a step, one in the last.
 
     s_churn and its companions: see `euler`. noise: see `ddim`.
     """

@@ -14,7 +14,7 @@ from minisd.diffusion.schedule import Schedule, weighted_sum
 def lms(
     model: Model, x: Tensor, schedule: Schedule, timesteps: Timesteps, *, order: int = 4, noise: Noise | None = None
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to σ = 0, one model call a step; draws no noise.
+    """Walk x down the descending timesteps and on to σ = 0, one model call a step; draws no noise.
 
     order: how many slopes are combined, as far as there are so many; 1 is `euler`.
     """

@@ -14,7 +14,7 @@ from minisd.diffusion.schedule import Schedule, weighted_sum
 def plms(
     model: Model, x: Tensor, schedule: Schedule, timesteps: Timesteps, *, noise: Noise | None = None
 ) -> Iterator[Step]:
-    """Walk x down the falling timesteps and on to `schedule.final_alpha_cumprod`; draws no noise.
+    """Walk x down the descending timesteps and on to `schedule.final_alpha_cumprod`; draws no noise.
 
     DDIM's step with an ε combined from the last four. The first step, which has no past, asks the model twice (the
     paper's Runge-Kutta start, four calls in each of three steps, is not what Stable Diffusion uses). A Step's x_0 is

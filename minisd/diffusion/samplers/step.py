@@ -15,10 +15,10 @@ Timesteps = Sequence[Time] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step taken: `x` at time `t_prev`, reached from `t`, where the model saw the clean image `x_0`.
+    """One step taken: `x` at timestep `t_prev`, reached from `t`, where the model saw the clean image `x_0`.
 
     x, x_0: 'b c h w', of the sampler's input's dtype and device; x is variance preserving, √ᾱ x_0 + √(1-ᾱ) ε.
-    t, t_prev: in [0, T-1]; t_prev is None where no timestep is left, and the sample is finished.
+    t, t_prev: in [0, T-1]; t_prev is None where no timestep is left, and the sample is finished (t in `ddim_invert`).
 
     `x` is the very tensor that the sampler goes on from. To steer a trajectory, write into it before asking for the
     next step. Inpainting that blends known latents in, with a boolean `keep`, is (x_T having been blended likewise)
@@ -41,7 +41,7 @@ def descent(
 ) -> Iterator[tuple[Time, Time | None, Tensor, Tensor]]:
     """(t, t_prev, ᾱ at t, ᾱ at t_prev) of every step; after the last timestep t_prev is None and its ᾱ is `end`.
 
-    timesteps: n numbers, or 'n b' where every image has its own; ValueError unless they fall. ᾱ: float64, '' or 'b'.
+    timesteps: n numbers, or 'n b' where every image has its own; ValueError unless they descend. ᾱ: float64, '' or 'b'.
     """
     if isinstance(timesteps, Tensor):
         timesteps = timesteps.tolist() if timesteps.ndim == 1 else list(timesteps)
@@ -54,7 +54,7 @@ def descent(
 
 
 def sigma_from_abar(abar: Tensor) -> Tensor:
-    """σ = √((1-ᾱ)/ᾱ), the noise where x is not shrunk: x/√ᾱ = x_0 + σ ε. ValueError for ᾱ = 0, where it is infinite."""
+    """σ = √((1-ᾱ)/ᾱ), the noise level where x is not shrunk: x/√ᾱ = x_0 + σ ε. ValueError at ᾱ = 0, where σ = ∞."""
     if (abar == 0).any():
         raise ValueError(
             "σ is infinite where the schedule's ᾱ is 0 (zero terminal SNR), and this sampler steps in σ: "
