@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Prediction = Literal["eps", "v", "x_0"]
+PredictionType = Literal["eps", "v", "x_0"]
 Task = Literal["text-to-image", "inpainting", "depth-to-image", "pix2pix", "upscaling", "image-variation"]
 
 
@@ -90,7 +90,8 @@ class UNetConfig:
                 raise ValueError(
                     f"level {level} has {width} channels, which {self.norm_groups} norm groups do not divide"
                 )
-            if level in self.attention_levels and width % (self.num_heads or self.head_width or 0):
+            attends = level in self.attention_levels or level == len(self.channel_mult) - 1  # the middle always does
+            if attends and width % (self.num_heads or self.head_width or 0):
                 raise ValueError(
                     f"level {level} has {width} channels, which num_heads={self.num_heads} / "
                     f"head_width={self.head_width} does not divide"
@@ -244,7 +245,7 @@ class ModelConfig:
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     vision: CLIPVisionConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    prediction: Prediction = "eps"
+    prediction: PredictionType = "eps"
     image_size: int = 512
 
 

@@ -23,7 +23,7 @@ from minisd.models.vae import VAE, DiagonalGaussian
 from minisd.text.prompts import encode_prompts
 from minisd.text.tokenizer import Tokenizer
 
-Network = Callable[[Tensor, Time, Conditioning], Tensor]
+CondNetwork = Callable[[Tensor, Time, Conditioning], Tensor]
 
 
 class LatentDiffusion:
@@ -86,7 +86,7 @@ class LatentDiffusion:
         guidance_scale: float | Sequence[float] | Tensor = 7.5,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-        network: Network | None = None,
+        network: CondNetwork | None = None,
     ) -> Model:
         """The way from a network to a sampler: (x_t, t) → Prediction, guided, whatever the network predicts.
 

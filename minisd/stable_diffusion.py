@@ -18,7 +18,7 @@ from minisd.adapters.embeddings import add_embedding, load_embeddings
 from minisd.adapters.lora import Lora, MergedLoras, load_lora
 from minisd.checkpoints.load import Checkpoint, load_checkpoint, load_network
 from minisd.checkpoints.save import save_checkpoint
-from minisd.config import ModelConfig, Prediction
+from minisd.config import ModelConfig, PredictionType
 from minisd.diffusion.schedule import Schedule
 from minisd.family.clip_vision import CLIPVision
 from minisd.models.clip import CLIPText
@@ -189,7 +189,7 @@ def load(
     path: str | os.PathLike | None = None,
     *,
     weights: Literal["raw", "ema"] = "raw",
-    prediction: Prediction | None = None,
+    prediction: PredictionType | None = None,
     vae: str | os.PathLike | None = None,
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,

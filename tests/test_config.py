@@ -138,3 +138,10 @@ def test_a_config_written_before_it_named_its_task_is_told_by_its_inputs():
         values = json.loads(config_to_json(preset))
         del values["task"]
         assert config_from_json(json.dumps(values)) == preset
+
+
+def test_the_heads_of_the_middle_which_always_attends_are_checked():
+    with pytest.raises(ValueError, match=r"level 2 has 192 channels, which .* head_width=80 does not divide"):
+        UNetConfig(
+            channels=64, channel_mult=(1, 2, 3), attention_levels=(), num_heads=None, head_width=80, norm_groups=16
+        )

@@ -73,3 +73,9 @@ def test_img2img_resizes_first_and_keeps_proportions_where_one_side_is_given():
         assert SD.img2img("a dog", picture(40, 20), **QUICK, **asked)[0].size == size
     resized = picture(40, 20).resize((32, 16), Image.Resampling.LANCZOS)
     assert SD.img2img("a dog", resized, **QUICK) == SD.img2img("a dog", picture(40, 20), height=16, **QUICK)
+
+
+def test_strength_1_of_compvis_spacing_starts_at_its_first_timestep_though_it_visits_more_than_asked():
+    visited = SD.timesteps(30, "compvis")
+    assert len(visited) == 31
+    assert partial_timesteps(SD, Img2Img(steps=30, spacing="compvis"), 1.0) == visited

@@ -262,3 +262,30 @@ def test_no_timesteps_are_no_steps():
 def test_parameters_that_mean_nothing_are_refused(sampler, own, sentence):
     with pytest.raises(ValueError, match=sentence):
         next(sampler(wavy, X_T, SD, SD.timesteps(5), **own))
+
+
+def test_a_samplers_own_options_follow_its_name():
+    sampler = get_sampler("euler:s_churn=2,s_noise=1.5")
+    assert (sampler.func, sampler.keywords) == (SAMPLERS["euler"], {"s_churn": 2.0, "s_noise": 1.5})
+    assert get_sampler("lms:order=2").keywords == {"order": 2}
+    assert get_sampler("ddpm:variance=large").keywords == {"variance": "large"}
+    assert get_sampler("ddim", eta=0.5).keywords == {"eta": 0.5}
+    assert get_sampler("euler_ancestral", eta=0.5).keywords == {"eta": 0.5}
+    assert get_sampler("heun") is SAMPLERS["heun"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta", "sentence"),
+    [
+        ("eular", None, "unknown sampler 'eular'; known: ddim, ddpm"),
+        ("euler:churn=2", None, "the sampler euler has no option 'churn'; it has: s_churn, s_tmin, s_tmax, s_noise"),
+        ("dpmpp_2m:eta=1", None, "the sampler dpmpp_2m has no option 'eta'; it has: none"),
+        ("euler:s_churn=much", None, "euler:s_churn=much: s_churn is a number, 0.0 by default"),
+        ("euler:s_churn=1,s_churn=2", None, "s_churn is given twice"),
+        ("ddim:eta=0.5", 0.2, "eta is given twice, 0.2 and 0.5: give it once"),
+        ("heun", 0.5, "eta=0.5 belongs to ddim, euler_ancestral, not to heun"),
+    ],
+)
+def test_options_that_a_sampler_does_not_have_are_refused(sampler, eta, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        get_sampler(sampler, eta=eta)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from minisd.checkpoints.files.entries import CheckpointError
 from minisd.checkpoints.networks.format import number
-from minisd.config import Prediction, ScheduleConfig
+from minisd.config import PredictionType, ScheduleConfig
 from minisd.text.tokenizer import FIRST_ADDED
 
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
+PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
 
 def read_json(path: Path) -> dict:
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_schedule(config: dict, path: Path) -> tuple[ScheduleConfig, tuple[Prediction, str]]:
+def read_schedule(config: dict, path: Path) -> tuple[ScheduleConfig, tuple[PredictionType, str]]:
     """The training schedule of a scheduler_config.json, and what it says about the prediction."""
     kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     if kind not in tuple(SCHEDULES) or config.get("trained_betas") is not None:

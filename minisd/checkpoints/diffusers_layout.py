@@ -11,7 +11,7 @@ from minisd.checkpoints.diffusers_json import read_json, read_schedule, read_tok
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.checkpoints.networks import NETWORKS
 from minisd.checkpoints.networks.format import Renamed
-from minisd.config import Prediction, ScheduleConfig
+from minisd.config import PredictionType, ScheduleConfig
 
 EXTRA = "minisd_extra.safetensors"
 NORMALIZER = "image_normalizer"  # mean and std of unCLIP's image embeddings
@@ -25,7 +25,7 @@ class Folder:
     contents: Contents
     files: list[TensorFile] = field(default_factory=list)
     schedule: ScheduleConfig | None = None
-    prediction: tuple[Prediction, str] | None = None
+    prediction: tuple[PredictionType, str] | None = None
     pad_id: int | None = None
     sample_size: int | None = None  # the U-Net's, in latents
     added_tokens: dict[str, list[int]] = field(default_factory=dict)

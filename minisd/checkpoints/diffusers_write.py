@@ -10,7 +10,7 @@ from minisd.checkpoints.networks import NETWORKS, WHOLE
 from minisd.config import (
     CLIPVisionConfig,
     ModelConfig,
-    Prediction,
+    PredictionType,
     ScheduleConfig,
 )
 from minisd.family.clip_vision import IMAGE_MEAN, IMAGE_STD
@@ -88,7 +88,7 @@ def _model_index(config: ModelConfig) -> dict:
     return index
 
 
-def _scheduler(name: str, schedule: ScheduleConfig, prediction: Prediction) -> dict:
+def _scheduler(name: str, schedule: ScheduleConfig, prediction: PredictionType) -> dict:
     return {
         "_class_name": name,
         "beta_end": schedule.end,

@@ -10,7 +10,7 @@ from minisd.checkpoints.detect import Contents
 from minisd.checkpoints.diffusers_json import read_json, read_schedule
 from minisd.checkpoints.families import presets_of
 from minisd.checkpoints.files.entries import CheckpointError
-from minisd.config import Prediction, UNetConfig
+from minisd.config import PredictionType, UNetConfig
 
 # global_step of official 2.x files whose other evidence is missing
 GLOBAL_STEPS = {875_000: "eps", 110_000: "v"}
@@ -20,7 +20,7 @@ PROBE_TENSORS = {
     "diffusers": "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
 }
 PROBE_THRESHOLD = 0.09
-SPELLINGS: dict[str, Prediction] = {
+SPELLINGS: dict[str, PredictionType] = {
     "v_prediction": "v",
     "velocity": "v",
     "v": "v",
@@ -29,12 +29,12 @@ SPELLINGS: dict[str, Prediction] = {
     "sample": "x_0",
     "x0": "x_0",
 }
-Evidence = tuple[Prediction, str]
+Evidence = tuple[PredictionType, str]
 
 
 def prediction_of(
     contents: Contents, path: Path, global_step: int | None, metadata: Mapping[str, str] | None = None
-) -> tuple[Prediction | None, str]:
+) -> tuple[PredictionType | None, str]:
     """The strongest evidence of what the U-Net predicts; (None, what is lacking) where there is none."""
     lacking = (
         f"no metadata, no scheduler_config.json or yaml beside the file, global_step {global_step}, "

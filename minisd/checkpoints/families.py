@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from minisd.config import PRESETS, ModelConfig, Prediction, Task, UNetConfig, VAEConfig
+from minisd.config import PRESETS, ModelConfig, PredictionType, Task, UNetConfig, VAEConfig
 from minisd.schema import from_dict
 
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text states
@@ -20,7 +20,7 @@ def presets_of(unet: UNetConfig) -> dict[str, ModelConfig]:
     return {name: preset for name, preset in PRESETS.items() if preset.unet == unet}
 
 
-def model_config(networks: Mapping[str, Any], prediction: Prediction | None) -> ModelConfig:
+def model_config(networks: Mapping[str, Any], prediction: PredictionType | None) -> ModelConfig:
     """The preset with this U-Net and prediction, or SD1's frame named "custom"; with the networks' own configs."""
     presets = list(presets_of(networks["unet"]).values())
     exact = next((preset for preset in presets if preset.prediction == prediction), None)

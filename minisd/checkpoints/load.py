@@ -17,7 +17,7 @@ from minisd.checkpoints.keymaps import keymap
 from minisd.checkpoints.networks import NETWORKS, WHOLE
 from minisd.checkpoints.networks.format import Renamed
 from minisd.checkpoints.opening import Opened, open_checkpoint, opened_configs
-from minisd.config import ModelConfig, Prediction
+from minisd.config import ModelConfig, PredictionType
 
 
 @dataclass
@@ -41,7 +41,7 @@ def load_checkpoint(
     path: str | os.PathLike,
     *,
     weights: Literal["raw", "ema"] = "raw",
-    prediction: Prediction | None = None,
+    prediction: PredictionType | None = None,
     vae: str | os.PathLike | None = None,
     config: ModelConfig | None = None,
     cast: Cast = keep_dtype,
@@ -158,7 +158,7 @@ def _use_ema(opened: Opened, has_ema: bool) -> None:
     opened.extras = Renamed(opened.extras, {n: n for n in opened.extras if not n.startswith("model_ema.")})
 
 
-def _settle(opened: Opened, prediction: Prediction | None) -> tuple[ModelConfig, str]:
+def _settle(opened: Opened, prediction: PredictionType | None) -> tuple[ModelConfig, str]:
     """The config of what is loaded, and why its prediction is what it is."""
     inferred, evidence = opened.prediction
     if prediction is not None:

@@ -16,7 +16,7 @@ from minisd.checkpoints.families import config_from_json, model_config
 from minisd.checkpoints.files import CheckpointError, TensorFile, open_tensors
 from minisd.checkpoints.networks import NETWORKS, WHOLE
 from minisd.checkpoints.networks.format import NEVER_RUN, Renamed
-from minisd.config import ModelConfig, Prediction
+from minisd.config import ModelConfig, PredictionType
 from minisd.text.tokenizer import Tokenizer
 
 CONFIG_KEY, EVIDENCE_KEY, STEP_KEY, TOKENS_KEY = (
@@ -37,7 +37,7 @@ class Opened:
     contents: Contents
     files: list[TensorFile]
     config: ModelConfig | None = None
-    prediction: tuple[Prediction | None, str] = (None, "")
+    prediction: tuple[PredictionType | None, str] = (None, "")
     metadata: Mapping[str, str] = field(default_factory=dict)
     global_step: int | None = None
     added_tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -151,7 +151,7 @@ def _agree(opened: Opened, name: str, declared) -> None:
     part.config = declared
 
 
-def _config_of_folder(folder: Folder, prediction: Prediction | None) -> ModelConfig:
+def _config_of_folder(folder: Folder, prediction: PredictionType | None) -> ModelConfig:
     parts = folder.contents.parts
     text = parts["text"].config if "text" in parts else None
     if text is not None and folder.pad_id is not None and text.vocab_size >= 49408:

@@ -20,7 +20,7 @@ from minisd.tasks.options import Options, check_seed, option_help
 from minisd.tasks.sampler_names import NAMES
 
 if TYPE_CHECKING:
-    from minisd.pipeline import Network
+    from minisd.pipeline import CondNetwork
     from minisd.provenance.call import Call
     from minisd.stable_diffusion import StableDiffusion
     from minisd.tasks.sampling import Sampling
@@ -206,7 +206,9 @@ def plan(
     return call, names
 
 
-def samplings(sd: StableDiffusion, call: Call, images: dict[str, Path], network: Network | None) -> Iterator[Sampling]:
+def samplings(
+    sd: StableDiffusion, call: Call, images: dict[str, Path], network: CondNetwork | None
+) -> Iterator[Sampling]:
     """The samplings of a call, first passes among them."""
     from minisd.tasks.images import load_image
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from cyclopts import Group, Parameter
 
 if TYPE_CHECKING:
-    from minisd.pipeline import Network
+    from minisd.pipeline import CondNetwork
     from minisd.provenance.call import LoadedModel
     from minisd.stable_diffusion import StableDiffusion
 
@@ -73,7 +73,7 @@ class Model:
             print(f"{path}: {len(sd.load_lora(path, weight))} layers changed, weight {weight:g}", file=sys.stderr)
         return sd
 
-    def network(self, sd: StableDiffusion) -> Network | None:
+    def network(self, sd: StableDiffusion) -> CondNetwork | None:
         """What a task takes as its network: the U-Net's own when None."""
         from minisd.runtime.cuda_graph import CUDAGraph
 

@@ -104,13 +104,10 @@ class Schedule:
 
     def target(self, x_0: Tensor, t: Time, noise: Tensor, prediction: str) -> Tensor:
         """What a network that predicts "eps", "v" or "x_0" should return for x_t = q_sample(x_0, t, noise)."""
-        match prediction:
-            case "eps":
-                return noise
-            case "x_0":
-                return x_0
-            case "v":
-                return self.v_target(x_0, t, noise)
+        if prediction == "v":
+            return self.v_target(x_0, t, noise)
+        if prediction in ("eps", "x_0"):
+            return noise if prediction == "eps" else x_0
         raise ValueError(f"a network cannot predict {prediction!r}; known: eps, x_0, v")
 
     def x_0_from_eps(self, x_t: Tensor, t: Time, eps: Tensor) -> Tensor:

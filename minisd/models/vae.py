@@ -163,7 +163,6 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        # contiguous: on strided rows PyTorch falls back to writing out all n² scores, 1 GiB at 1024×1024 pixels
-        q, k, v = (rearrange(f(normed), "b c h w -> b (h w) 1 c").contiguous() for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(f(normed), "b c h w -> b (h w) 1 c") for f in (self.q, self.k, self.v))
         out = rearrange(self.attend(q, k, v), "b (h w) 1 c -> b c h w", h=x.shape[-2])
         return x + self.proj_out(out)

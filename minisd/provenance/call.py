@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from minisd import __version__
-from minisd.config import Prediction
+from minisd.config import PredictionType
 from minisd.schema import OLDER_NAMES, from_dict
 from minisd.tasks import TASKS, Options
 
@@ -43,7 +43,7 @@ class LoadedModel:
     checkpoint: File
     vae: File | None = None
     weights: Literal["raw", "ema"] = "raw"
-    prediction: Prediction | None = None
+    prediction: PredictionType | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "cpu"
     embeddings: tuple[EmbeddingFile, ...] = ()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minisd.diffusion.schedule import Time
-    from minisd.pipeline import LatentDiffusion, Network
+    from minisd.pipeline import CondNetwork, LatentDiffusion
     from minisd.tasks.sampling import Sampling
 
 
@@ -38,7 +38,7 @@ class Img2Img(Options):
     width: int | None = None
 
     def samplings(
-        self, sd: LatentDiffusion, prompt: str | Sequence[str], image: Image, *, network: Network | None = None
+        self, sd: LatentDiffusion, prompt: str | Sequence[str], image: Image, *, network: CondNetwork | None = None
     ) -> Iterator[Sampling]:
         from minisd.tasks.images import pad_to_multiple, to_tensor, to_uint8
         from minisd.tasks.sampling import Sampling, batches, denoise
@@ -72,11 +72,12 @@ def partial_timesteps(
                 f"for exactly {steps} steps: use fewer steps, or a larger strength"
             )
         return sd.timesteps(steps, spacing, below)
-    count = math.floor(steps * strength + 1e-9)  # the tiny term keeps 0.29 · 100 from being 28
+    timesteps = sd.timesteps(steps, spacing)  # "compvis" may visit another number than was asked for
+    count = math.floor(len(timesteps) * strength + 1e-9)  # the tiny term keeps 0.29 · 100 from being 28
     if count == 0:
         least = math.ceil(1000 / steps) / 1000
         raise ValueError(f"strength {strength} of {steps} steps runs none: use {least} or more, or exact_steps")
-    return sd.timesteps(steps, spacing)[-count:]
+    return timesteps[-count:]
 
 
 def target_size(image: Image, height: int | None, width: int | None) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from minisd.diffusion.samplers import Step
     from minisd.diffusion.schedule import Schedule
     from minisd.models.vae import DiagonalGaussian
-    from minisd.pipeline import LatentDiffusion, Network
+    from minisd.pipeline import CondNetwork, LatentDiffusion
     from minisd.tasks.sampling import Batch, Sampling
 
 
@@ -49,7 +49,7 @@ class Inpaint(Options):
         image: Image,
         mask: Image,
         *,
-        network: Network | None = None,
+        network: CondNetwork | None = None,
     ) -> Iterator[Sampling]:
         import torch
 

@@ -12,7 +12,7 @@ from minisd.tasks.options import Options
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from minisd.pipeline import LatentDiffusion, Network
+    from minisd.pipeline import CondNetwork, LatentDiffusion
     from minisd.tasks.sampling import Sampling
 
 
@@ -45,7 +45,7 @@ class Outpaint(Options):
             raise ValueError(f"{named}: give new pixels for at least one side, none below 0")
 
     def samplings(
-        self, sd: LatentDiffusion, prompt: str | Sequence[str], image: Image, *, network: Network | None = None
+        self, sd: LatentDiffusion, prompt: str | Sequence[str], image: Image, *, network: CondNetwork | None = None
     ) -> Iterator[Sampling]:
         import torch
         import torch.nn.functional as F

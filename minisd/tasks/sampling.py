@@ -17,7 +17,7 @@ from minisd.diffusion.schedule import Time
 from minisd.models.nonfinite import nonfinite_error
 from minisd.models.unet import Conditioning
 from minisd.models.vae import DiagonalGaussian
-from minisd.pipeline import LatentDiffusion, Network
+from minisd.pipeline import CondNetwork, LatentDiffusion
 from minisd.tasks.images import to_pil, to_uint8
 from minisd.tasks.options import Options, check_seed
 from minisd.text.prompts import same_length
@@ -114,7 +114,12 @@ class Batch:
 
 
 def denoise(
-    sd: LatentDiffusion, options: Options, batch: Batch, x: Tensor, timesteps: Sequence[Time], network: Network | None
+    sd: LatentDiffusion,
+    options: Options,
+    batch: Batch,
+    x: Tensor,
+    timesteps: Sequence[Time],
+    network: CondNetwork | None,
 ) -> Iterator[Step]:
     """The steps of the options' sampler, from x at the first of the timesteps."""
     model = sd.denoiser(

@@ -12,7 +12,7 @@ from minisd.tasks.options import Options
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minisd.pipeline import LatentDiffusion, Network
+    from minisd.pipeline import CondNetwork, LatentDiffusion
     from minisd.tasks.sampling import Sampling
 
 
@@ -42,7 +42,7 @@ class Txt2Img(Options):
         sd: LatentDiffusion,
         prompt: str | Sequence[str],
         *,
-        network: Network | None = None,
+        network: CondNetwork | None = None,
         latents: Tensor | None = None,
     ) -> Iterator[Sampling]:
         """latents: x_T 'n c h w' to start from, in place of noise."""
@@ -60,7 +60,7 @@ class Txt2Img(Options):
         for batch in batches(sd, prompt, self):
             if self.variation_seed is not None or self.variation_strength:
                 noise = VariedNoise(batch.noise, batch.indices, self.seed, self.variation_seed, self.variation_strength)
-                batch = replace(batch, noise=noise)
+                batch = replace(batch, seeds=[self.seed] * len(batch.seeds), noise=noise)
             x_T = batch.noise.draw(shape)
             if latents is not None:
                 x_T = rows_of(latents, batch.indices, shape).to(x_T)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd.config import Prediction
+from minisd.config import PredictionType
 from minisd.diffusion.schedule import Schedule
 from minisd.models.vae import DiagonalGaussian
 
 
-def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float | None, prediction: Prediction) -> Tensor:
+def min_snr_weights(schedule: Schedule, t: Tensor, gamma: float | None, prediction: PredictionType) -> Tensor:
     """The weight of each picture's square error, float32 'b' (Hang et al. 2023, section 3.4); ones without a gamma.
 
     In units of x_0's error all three are min(SNR, γ): divided by SNR for ε, by SNR + 1 for v. t: LongTensor 'b'.

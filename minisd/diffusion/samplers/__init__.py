@@ -59,6 +59,8 @@ def get_sampler(sampler: str | Sampler, eta: float | None = None) -> Sampler:
         option, _, value = setting.partition("=")
         if option not in own:
             raise ValueError(f"the sampler {name} has no option {option!r}; it has: {', '.join(own) or 'none'}")
+        if option in options:
+            raise ValueError(f"{option} is given twice, {options[option]} and {value}: give it once")
         try:
             options[option] = value if isinstance(own[option], str) else type(own[option])(value)
         except ValueError:
