@@ -39,7 +39,8 @@ def emoji(folder: Path, size: int = 16) -> Path:
             for n, style in enumerate(STYLES):
                 concept, label = f"{place}-{colour}-disc", f"{place} {colour} disc"
                 split = "unseen" if style == "twemoji" else "subject" if concept == "middle-red-disc" else "train"
-                records.append({"concept": concept, "style": style, "label": label, "tags": ["disc"], "split": split})
+                record = {"concept": concept, "style": style, "label": label, "tags": ["disc"], "group": "objects"}
+                records.append(record | {"split": split})
                 picture = np.zeros((size, size, 4), np.uint8)
                 picture[..., :3], picture[..., 3] = rgb, 255 * (np.hypot(x, y - height) < 3 + n / 4)
                 pixels.append(picture)

@@ -34,15 +34,15 @@ def train_mini(
         config: a JSON file of what differs from the plan, such as the mini.json of another training.
         settings: FIELD=VALUE, a change of its own: unet.loop.steps=1000, vae.vae.channels=32 … Several may follow.
     """
-    from minisd.training.data import load_pictures
     from minisd.training.parallel import processes
     from minisd.training.recipes.mini import mini_config, train_mini
+    from minisd.training.scenes import load_training
 
     check(folder, out, run)
     plan = changed(mini_config(gpu=run.device.startswith("cuda")), read_changes(config, settings))
     if start_from:
         plan = replace(plan, start=tuple(map(str, start_from)))
-    pictures = load_pictures(folder, size=plan.unet.model.image_size)
+    pictures = load_training(folder, size=plan.unet.model.image_size, scenes=plan.scenes)
     with processes(run.device) as group:
         train_mini(pictures, out, plan, run, group)
     print(out / "mini.safetensors")

@@ -39,6 +39,7 @@ class MiniConfig:
         vae: the autoencoder.
         clip: the text and the vision tower.
         unet: the U-Net. Its model's vae, text and vision are filled in with those trained before it.
+        scenes: how many are composed of the emoji and learnt beside them (`training.scenes`); other pictures have none.
         half: whether the weights are saved in float16.
         start: files of other trainings, vae.safetensors, clip.safetensors or whole models: a VAE and a CLIP in them are
             taken as they are instead of trained, a U-Net learns on from there.
@@ -47,6 +48,7 @@ class MiniConfig:
     vae: VAERecipeConfig = field(default_factory=VAERecipeConfig)
     clip: CLIPRecipeConfig = field(default_factory=CLIPRecipeConfig)
     unet: LatentDiffusionConfig = field(default_factory=LatentDiffusionConfig)
+    scenes: int = 0
     half: bool = True
     start: tuple[str, ...] = ()
 
@@ -61,6 +63,7 @@ def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
     common = {"decay": "cosine", "betas": (0.9, 0.99), "precision": precision}
     varied = Augmentation(background=0.3, zoom=0.2, shift=0.1)
     return MiniConfig(
+        scenes=30_000,
         vae=VAERecipeConfig(
             vae=model.vae,
             loop=LoopConfig(steps=8_000, batch_size=4 * more, lr=1e-3, muon=0.012, ema=0.995, **common),
