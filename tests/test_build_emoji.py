@@ -18,6 +18,7 @@ from PIL import Image
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import build_emoji  # noqa: E402
+import colour_pairs  # noqa: E402
 import emoji_packages  # noqa: E402
 import emoji_pictures  # noqa: E402
 import held_out  # noqa: E402
@@ -171,6 +172,18 @@ def test_concepts_are_held_out_by_a_rule_that_spares_what_the_sheets_ask_for():
     assert len(test) == held_out.QUOTAS["animals"]
     assert not any("elephant" in label for label in test)
     assert chosen == held_out.choose(dict(reversed(words.items())))
+
+
+def test_pairs_are_chosen_by_a_rule_far_from_any_colour_that_the_thing_has_and_evenly():
+    hues = {f"thing {n}": [12.0 * n, 12.0 * n + 20] for n in range(30)} | {"apple": [0.0]}
+    pairs = colour_pairs.choose(hues)
+    assert pairs == colour_pairs.choose(dict(reversed(hues.items())))
+    assert len(pairs) == 30
+    assert "apple" not in dict(pairs)  # the sheets ask for it
+    for thing, colour in pairs:
+        assert all(colour_pairs.apart(colour_pairs.COLOURS[colour].hue, hue) >= 75 for hue in hues[thing])
+    counts = [sum(colour == c for _, colour in pairs) for c in colour_pairs.HUES]
+    assert max(counts) - min(counts) <= 2
 
 
 def test_alpha_is_straight_and_drawings_that_are_not_square_are_centred(folder, records):

@@ -1,8 +1,11 @@
 """Scenes composed of drawings: what the caption says is what is in the picture, and what is held out is in none."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minisd.eval.colours import (
     COLOURS,
@@ -18,7 +21,7 @@ from minisd.eval.colours import (
 )
 from minisd.eval.grounds import GROUNDS, painted
 from minisd.training.data import Pictures, visits_of
-from minisd.training.scenes import PLACES, Composer, noun, with_scenes
+from minisd.training.scenes import PLACES, Composer, load_training, noun, with_scenes
 
 SIDE = 64
 
@@ -181,6 +184,24 @@ def test_scenes_follow_the_drawings_and_are_seen_once_in_a_pass():
     assert torch.equal(both.images([27]), both.images([27]))
     digests = {both.digest, with_scenes(drawings, RECORDS, 21).digest, with_scenes(drawings, RECORDS, 20, 1).digest}
     assert len(digests) == 3
+
+
+def test_the_emoji_are_loaded_with_scenes_and_a_plain_folder_without(tmp_path):
+    emoji, plain = tmp_path / "emoji", tmp_path / "plain"
+    for folder in (emoji, plain):
+        folder.mkdir()
+    np.save(emoji / "images.npy", PIXELS)
+    splits = ["train"] * 3 + ["subject"] * 2 + ["test", "unseen", "unseen"]
+    lines = [json.dumps(r | {"split": split}) for r, split in zip(RECORDS, splits, strict=True)]
+    (emoji / "captions.jsonl").write_text("\n".join(lines))
+    (emoji / "data.json").write_text("{}")
+    Image.fromarray(PIXELS[0]).save(plain / "a.png")
+
+    loaded = load_training(emoji, scenes=50)
+    assert len(loaded) == 3 + 50
+    assert not any("bell" in text or "dolphin" in text for texts in loaded.captions for text in texts)  # held out
+    assert len(load_training(emoji)) == 3
+    assert len(load_training(plain, size=SIDE, scenes=50)) == 1
 
 
 def test_drawings_of_one_colour_are_needed():
