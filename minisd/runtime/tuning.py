@@ -28,6 +28,7 @@ def tune(network: nn.Module, device: torch.device) -> None:
     """
     channels_last(network)
     in_parts(network, device)
+    wide_norms(network, device)
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -40,6 +41,24 @@ def in_parts(network: nn.Module, device: torch.device) -> None:
     for module in network.modules():
         if isinstance(module, FeedForward):
             module.tokens = TOKENS if device.type == "cpu" else None
+
+
+class WideGroupNorm(nn.GroupNorm):
+    """Where gradients are wanted, bfloat16 is normalised in float32: with its backward pass torch 2.14's kernel for
+    channels-last bfloat16 takes six times as long, and a U-Net that trains a sixth longer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32 and torch.is_grad_enabled():
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
+def wide_norms(network: nn.Module, device: torch.device) -> None:
+    """Let the group norms of a network that trains on a CPU be `WideGroupNorm`."""
+    for module in network.modules():
+        if type(module) is nn.GroupNorm and device.type == "cpu":
+            module.__class__ = WideGroupNorm  # same weights, another forward
 
 
 @torch.no_grad()
