@@ -5,7 +5,7 @@ The judges are rules on pixels; no network has a part in them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -21,7 +21,9 @@ from minisd.eval.retrieval import THUMBNAIL
 
 HUE_NEAR = 30.0  # degrees from the asked colour
 APART = 0.12  # of a pixel from the ground in one channel, of [0, 1], to belong to the thing
-FRAME = 1 / 8  # of the side: the border, where the ground shows
+CORNER = 0.2  # of the side: where the ground shows
+SHRUNK = 0.75  # of the side: real drawings on grounds, as training's scenes have them
+FLOOR = 0.02  # of the deviation of a feature, of [0, 1]: what is painted varies less than what is decoded
 THINGS = ("a cat face", "a rocket", "a house", "an umbrella", "a red apple", "a penguin", "a guitar", "a crown")
 COLOUR_GROUNDS = ("green", "blue", "yellow", "pink", "orange", "purple", "black")
 GROUND_PROMPTS = 30
@@ -102,16 +104,16 @@ def is_of_thing(drawings: Drawings, things: Sequence[str]) -> Tensor:
 
 
 class GroundJudge:
-    """Which ground a picture has, by its border: the nearest class mean, each feature in its classes' deviations.
+    """Which ground a picture has, by its corners: the likeliest of normal distributions, one for each ground.
 
-    Learnt from painted grounds, of seeds that training's scenes do not have: `count` of each class.
+    Learnt from painted grounds, of seeds that training's scenes do not have: `count` of each.
     """
 
     def __init__(self, side: int, count: int = 24):
-        self.names = [None, *COLOURS, *GROUNDS]
+        self.names = [None, *(name for name in COLOURS if name != "white"), *GROUNDS]
         drawn = [[self._painted(name, side, seed) for seed in range(count)] for name in self.names]
         features = torch.stack([self.features(torch.stack(some)) for some in drawn])
-        self.means, self.deviation = features.mean(1), features.var(1).mean(0).sqrt() + 0.02
+        self.means, self.deviations = features.mean(1), (features.var(1) + FLOOR**2).sqrt()
 
     @staticmethod
     def _painted(name: str | None, side: int, seed: int) -> Tensor:
@@ -120,31 +122,37 @@ class GroundJudge:
 
     @staticmethod
     def features(images: Tensor) -> Tensor:
-        """Of the border of uint8 'b 3 h w': mean colour, and how much it varies, across and down; 'b 9'."""
+        """Of uint8 'b 3 h w': colour, its deviation, and how light changes across and down, 'b 8'.
+
+        Of each the median of the four corners: a thing may cover one.
+        """
         x = images.float() / 255
-        width = max(1, round(FRAME * x.shape[-1]))
-        strips = [x[..., :width, :], x[..., -width:, :], x[..., :, :width], x[..., :, -width:]]
-        means = torch.stack([s.mean((2, 3)) for s in strips]).mean(0)
-        spread = torch.stack([s.std((2, 3)) for s in strips]).mean(0)
-        grey = [s.mean(1) for s in strips]
-        across = torch.stack([g.diff(dim=-1).abs().mean((1, 2)) for g in grey]).mean(0)
-        down = torch.stack([g.diff(dim=-2).abs().mean((1, 2)) for g in grey]).mean(0)
-        light = torch.stack([g.amax((1, 2)) - g.amin((1, 2)) for g in grey]).mean(0)
-        return torch.cat([means, spread, across[:, None], down[:, None], light[:, None]], dim=1)
+        n = max(2, round(CORNER * x.shape[-1]))
+        corners = torch.stack([x[..., :n, :n], x[..., :n, -n:], x[..., -n:, :n], x[..., -n:, -n:]], dim=1)
+        light = corners.mean(2)
+        changes = [light.diff(dim=axis).abs().mean((-2, -1)) for axis in (-1, -2)]
+        found = torch.cat([corners.mean((-2, -1)), corners.std((-2, -1)), torch.stack(changes, -1)], dim=-1)
+        return found.quantile(0.5, dim=1)
 
     def __call__(self, images: Tensor) -> list[str | None]:
-        apart = (self.features(images)[:, None] - self.means[None]) / self.deviation
-        return [self.names[i] for i in apart.square().sum(-1).argmin(1)]
+        apart = (self.features(images)[:, None] - self.means) / self.deviations
+        return [self.names[i] for i in (apart.square() + 2 * self.deviations.log()).sum(-1).argmin(1)]
 
     def hits(self, images: Tensor, grounds: Sequence[str | None]) -> Tensor:
         """Whether each picture has the ground that was asked for, 'b', 1.0 or 0.0."""
         return torch.tensor([float(a == b) for a, b in zip(self(images), grounds, strict=True)]).double()
 
 
-def on_grounds(drawings: Tensor, masks: Tensor, grounds: Sequence[str]) -> Iterator[Tensor]:
-    """Real drawings, each put on a ground: what the judge makes of pictures that are right. uint8 '3 h w' each."""
+def on_grounds(drawings: Tensor, grounds: Sequence[str]) -> Tensor:
+    """Real drawings over white, a little smaller, put on grounds: pictures that are right. uint8 'b 3 h w'."""
     side = drawings.shape[-1]
-    for i, (drawing, mask, name) in enumerate(zip(drawings, masks, grounds, strict=True)):
+    inner = round(SHRUNK * side)
+    before = (side - inner) // 2
+    small = F.interpolate(drawings.float(), size=(inner, inner), mode="bilinear", antialias=True)
+    small = F.pad(small, (before, side - inner - before) * 2, value=255.0)
+    painted_ones = []
+    for i, name in enumerate(grounds):
         rng = np.random.default_rng([30_000_000, i])
-        ground = rearrange(torch.from_numpy(painted(name, side, rng)), "h w c -> c h w")
-        yield torch.where(mask, drawing, ground)
+        painted_ones.append(rearrange(torch.from_numpy(painted(name, side, rng)), "h w c -> c h w"))
+    mask = foreground(small / 255)[:, None]
+    return torch.where(mask, small.round().to(torch.uint8), torch.stack(painted_ones))

@@ -60,7 +60,7 @@ def sand(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def snow(side: int, rng: np.random.Generator) -> np.ndarray:
-    picture = mixed(0.6 + 0.6 * noise(side, rng, 3, 5), (0.74, 0.83, 0.93), (0.97, 0.98, 1.0))
+    picture = mixed(0.6 + 0.6 * noise(side, rng, 3, 5), (0.66, 0.78, 0.93), (0.93, 0.96, 1.0))
     return dotted(picture, rng, count=26, radius=(0.006, 0.016), colour=(1.0, 1.0, 1.0))
 
 

@@ -27,7 +27,6 @@ from minisd.eval.compositions import (
     HUE_NEAR,
     GroundJudge,
     colour_prompts,
-    foreground,
     ground_prompts,
     has_hue,
     is_of_thing,
@@ -313,14 +312,13 @@ def colours(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) -> 
 
 
 def grounds(sd: StableDiffusion, sets: Sets, plan: Plan, settings: Settings) -> Iterator[Row]:
-    """Things on grounds: is the border's nearest ground the asked one, among all colours and textures and white."""
+    """Things on grounds: is the ground in the corners the asked one, among all colours and textures and white."""
     prompts, names = zip(*ground_prompts(), strict=True)
     judge = GroundJudge(sd.config.image_size)
     images = draw(sd, prompts, plan.seed, settings, progress="grounds")
     yield Row.mean(GROUND, "drawn", judge.hits(images, names), unit="%", asked=0.85)
     some = sets.unseen.spread(len(names)).images
-    mask = foreground(some.float() / 255)[:, None]
-    real = torch.stack([*on_grounds(some, mask, names[: len(some)])])
+    real = on_grounds(some, names[: len(some)])
     of = f"{sets.unseen.styles[0]} drawings put on the same grounds"
     yield Row.mean(GROUND, of, judge.hits(real, names[: len(some)]), unit="%", kind="baseline")
     yield Row(GROUND, f"chance among {len(judge.names)}", 1 / len(judge.names), 0, unit="%", kind="baseline")

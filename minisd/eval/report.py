@@ -24,8 +24,8 @@ NOTES = (
     "Unseen pairs: a thing and a colour that no training picture shows together. Hue: the mean of the foreground's, "
     "weighed by how coloured its pixels are, is within 30° of the asked one. Shape: among the 10 training drawings "
     "whose shapes are nearest (foreground cut out, grey, brought to one size of 16 × 16) is one of the thing.",
-    "Ground: of a picture's border the colour, its spread and its changes across and down are nearest to the asked "
-    "ground's, of all colours and textures that training paints, and white.",
+    "Ground: of a picture's corners the colour, its deviation and its changes across and down are likeliest under the "
+    "asked ground, of all colours and textures that training paints, and white.",
     "Fréchet distance: of normal distributions fitted to features of the space named above. It is no FID, which is "
     "taken in Inception's space, and compares only with rows of this table of as many pictures.",
     "Intervals hold the middle 95 % of 2000 bootstrap means over pictures. The rows in italics are baselines, taken by "
