@@ -40,7 +40,7 @@ VARIANTS = (
     "person:",
     "man:",
     "woman:",
-)  # first words: 240 jobs and sports in three forms
+)  # 169 concepts: jobs, sports … once more
 VARIANT_VISITS = 2
 SISTERS = ("fluent", "flat")  # one vendor's drawings in two renderings: they share one style's visits
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
