@@ -1,19 +1,23 @@
-"""Build the mini model's data set: the emoji that four styles of three vendors have in common, and the words for them.
+"""Build the mini model's data set: the emoji that three vendors' styles have in common, as six vendors draw them, and
+the words for them.
 
     python scripts/build_emoji.py FOLDER --download
 
-fetches five pinned npm packages with `npm pack` (27 MB; nothing else touches the network), rasterises their SVGs with
-resvg (about a minute), and writes
+fetches nine pinned npm packages with `npm pack` (32 MB; nothing else touches the network), rasterises their SVGs with
+resvg (about two minutes), and writes
 
     FOLDER/images.npy         uint8 'n h w c', RGBA with straight alpha; can be memory-mapped
-    FOLDER/captions.jsonl     one JSON object per image, in the same order: concept, style, label, tags, group, split
+    FOLDER/captions.jsonl     one JSON object per image, in the same order: code (Unicode's, without variation
+                              selectors), concept, label, tags, group, kind, style, split
     FOLDER/data.json          size, styles, versions, SHA-256 of the packages and of the two files above
     FOLDER/subjects/NAME/     {train,test}/*.png and masks/{train,test}/*.png: views of one held-out drawing each;
                               other/STYLE.png: the same concept as other vendors drew it
     FOLDER/contact_sheet.png, FOLDER/attribution.txt, FOLDER/packages/
 
-Splits: "unseen" is the whole of Twemoji, a vendor that no training sees; "subject" are the 20 concepts held out in the
-other styles too; "train" is the rest. Flags of countries (flag-…) and skin tones are left out.
+Concepts are matched by code point, since names differ between packages. Splits: "unseen" is the whole of Twemoji and of
+OpenMoji, two vendors that no training sees; "subject" and "test" are the concepts that scripts/held_out.py held out in
+the other styles too, 20 for development and 100 for tests; "train" is the rest. Flags of countries (flag-…) and skin
+tones are left out.
 
 The files are the same bit for bit where the versions are the same: over a finished FOLDER the command builds again and
 compares. Stopped, it leaves FOLDER.part; the same command takes up the downloads in it.
@@ -31,20 +35,22 @@ from pathlib import Path
 
 import numpy as np
 from emoji_packages import (
+    COMPLETE,
     SOURCES,
     STYLES,
     attribution,
     fetch,
     other_vendors,
     read_drawings,
-    read_words,
+    read_emoji,
     subject_attribution,
 )
 from emoji_pictures import contact_sheet, rasterise, write_subject
 from PIL import Image
 from tqdm import tqdm
 
-UNSEEN = "twemoji"
+UNSEEN = ("twemoji", "openmoji")
+HELD_OUT = Path(__file__).with_name("held_out.json")  # by scripts/held_out.py
 SUBJECTS = {  # concept: (word for its class, style of its drawing); training keeps other members of every class
     "alarm-clock": ("clock", "flat"),
     "backpack": ("bag", "noto"),
@@ -69,25 +75,30 @@ SUBJECTS = {  # concept: (word for its class, style of its drawing); training ke
 }
 RESVG = "0.5.0"  # of PyPI's resvg_py
 RECORDED = {  # SHA-256 at 128 px, with the versions pinned here and in emoji_packages.py
-    "images.npy": "b846fce32054c82ca6f41b27222f2be3a48fdafca44aaa36b090a2c7c0e9a388",
-    "captions.jsonl": "574a9599dc7f2813b70fb62eb23c3bbc354cae16c9a02121e8ce07b6759df069",
+    "images.npy": "9eb2b19d79ecd873bbe4458395e9a55472c49216b678bb684e719a16c0f7eed2",
+    "captions.jsonl": "e42456f47dbf379a4dff67a7200d1816228e88dee6d05bb5e91fa9484102cbfa",
 }
 PARTS = {*RECORDED, "data.json", "subjects", "packages", "contact_sheet.png", "attribution.txt"}
 
 
 def build(packages: Path, out: Path, size: int) -> dict:
     """Write the data set into `out`; returns what data.json says."""
-    drawings = {style: read_drawings(packages, style) for style in STYLES}
-    words = read_words(packages)
-    shared = set.intersection(set(words), *drawings.values())
-    concepts = sorted(name for name in shared if not name.startswith("flag-"))
-    if missing := sorted(set(SUBJECTS) - set(concepts)):
+    words, codes = read_emoji(packages)
+    drawings = {style: read_drawings(packages, style, codes) for style in STYLES}
+    shared = concepts(packages, words, codes)
+    by_name = {words[code]["concept"]: code for code in shared}
+    if missing := sorted(set(SUBJECTS) - set(by_name)):
         raise ValueError(f"the packages have no {', '.join(missing)} in every style: are their versions others?")
+    subjects = {by_name[name]: about for name, about in SUBJECTS.items()}
+    held_out = json.loads(HELD_OUT.read_text(encoding="utf-8"))
+    split = {entry["code"]: "test" for entry in held_out["test"]} | dict.fromkeys(subjects, "subject")
 
-    records = [{"concept": concept, "style": style, **words[concept]} for concept in concepts for style in STYLES]
-    for record in records:
-        held_out = "subject" if record["concept"] in SUBJECTS else "train"
-        record["split"] = "unseen" if record["style"] == UNSEEN else held_out
+    records = [
+        words[code] | {"style": style, "split": "unseen" if style in UNSEEN else split.get(code, "train")}
+        for code in shared
+        for style in STYLES
+        if code in drawings[style]
+    ]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     _write(out / "captions.jsonl", lines)
 
@@ -95,25 +106,28 @@ def build(packages: Path, out: Path, size: int) -> dict:
         shape = (len(records), size, size, 4)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for record in tqdm(records, desc="rasterise", unit=" pictures"):
-            file.write(rasterise(drawings[record["style"]][record["concept"]], size).tobytes())
+            file.write(rasterise(drawings[record["style"]][record["code"]], size).tobytes())
 
     shutil.rmtree(out / "subjects", ignore_errors=True)  # of a build that was stopped
-    for n, (concept, (_, style)) in enumerate(SUBJECTS.items()):
-        subject = out / "subjects" / concept
-        others = {other: drawings[other][concept] for other in other_vendors(style)}
+    for n, (code, (_, style)) in enumerate(subjects.items()):
+        subject = out / "subjects" / words[code]["concept"]
+        others = {other: drawings[other][code] for other in other_vendors(style)}
         hue = 0.381966 * n  # the golden section spreads them
-        write_subject(subject, drawings[style][concept], others, size, hue)
-        _write(subject / "attribution.txt", subject_attribution(words[concept]["label"], style))
-    about = {name: {"label": words[name]["label"], "class": c, "style": s} for name, (c, s) in SUBJECTS.items()}
+        write_subject(subject, drawings[style][code], others, size, hue)
+        _write(subject / "attribution.txt", subject_attribution(words[code]["label"], style))
+    about = {
+        words[code]["concept"]: {"label": words[code]["label"], "class": kind, "style": style}
+        for code, (kind, style) in subjects.items()
+    }
     _write(out / "subjects" / "subjects.json", json.dumps(about, indent=1) + "\n")
     _write(out / "attribution.txt", attribution())
-    _sheet(out, [words[concept] for concept in concepts]).save(out / "contact_sheet.png", optimize=True)
+    _sheet(out, records).save(out / "contact_sheet.png", optimize=True)
 
     data = {
         "size": size,
         "images": len(records),
-        "concepts": len(concepts),
-        "splits": {split: sum(r["split"] == split for r in records) for split in ("train", "subject", "unseen")},
+        "concepts": len(shared),
+        "splits": {name: sum(r["split"] == name for r in records) for name in ("train", "subject", "test", "unseen")},
         "styles": {style: vars(source) for style, source in STYLES.items()},
         "subjects": list(SUBJECTS),
         "versions": {s.package: s.version for s in SOURCES} | {"resvg_py": version("resvg_py")},
@@ -124,13 +138,27 @@ def build(packages: Path, out: Path, size: int) -> dict:
     return data
 
 
-def _sheet(out: Path, words: list[dict], most: int = 96) -> Image.Image:
-    """About a hundred concepts, evenly from all groups, in every style."""
+def concepts(packages: Path, words: dict[str, dict], codes: dict[str, str]) -> list[str]:
+    """The code points that every complete style draws, in the order of their concepts' names."""
+    drawn = [read_drawings(packages, style, codes).keys() for style in COMPLETE]
+    shared = set.intersection(set(words), *map(set, drawn))
+    return sorted(
+        (code for code in shared if not words[code]["concept"].startswith("flag-")),
+        key=lambda code: words[code]["concept"],
+    )
+
+
+def _sheet(out: Path, records: list[dict], most: int = 96) -> Image.Image:
+    """About a hundred concepts, evenly from all groups, in every style that draws them."""
     images = np.load(out / "images.npy", mmap_mode="r")
-    images = images.reshape(len(words), len(STYLES), *images.shape[1:])
-    order = sorted(range(len(words)), key=lambda i: words[i]["group"])
+    rows: dict[str, dict[str, int]] = {}
+    for row, record in enumerate(records):
+        rows.setdefault(record["code"], {})[record["style"]] = row
+    order = sorted(rows, key=lambda code: records[rows[code]["noto"]]["group"])
     shown = [order[i] for i in np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]
-    return contact_sheet(images[shown], [words[i]["label"] for i in shown])
+    nothing = np.zeros_like(images[0])
+    drawn = [[images[rows[c][style]] if style in rows[c] else nothing for style in STYLES] for c in shown]
+    return contact_sheet(np.array(drawn), [records[rows[c]["noto"]]["label"] for c in shown])
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The five npm packages of scripts/build_emoji.py: which, whose, under what licence; fetching and reading them."""
+"""The npm packages of scripts/build_emoji.py: which, whose, under what licence; fetching, reading, matching them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,17 +38,32 @@ def _fluent(package: str, version: str) -> Source:
     return Source(f"@iconify-json/{package}", version, "Fluent Emoji", owner, "MIT", url)
 
 
-STYLES = {  # the style's name in captions.jsonl
-    "noto": Source(
-        "@iconify-json/noto",
-        "1.2.9",
-        "Noto Emoji",
-        "Google Inc.",
-        "Apache-2.0",
-        "https://github.com/googlefonts/noto-emoji",
-    ),
+def _noto(package: str, version: str, title: str) -> Source:
+    url = "https://github.com/googlefonts/noto-emoji"
+    return Source(f"@iconify-json/{package}", version, title, "Google Inc.", "Apache-2.0", url)
+
+
+STYLES = {  # the style's name in captions.jsonl; a concept is one that every COMPLETE style draws
+    "noto": _noto("noto", "1.2.9", "Noto Emoji"),
+    "blob": _noto("noto-v1", "1.2.5", "Noto Emoji of 2013 to 2017, the blobs"),
     "fluent": _fluent("fluent-emoji", "1.2.7"),
     "flat": _fluent("fluent-emoji-flat", "1.2.6"),
+    "emojione": Source(
+        "@iconify-json/emojione",
+        "1.2.3",
+        "EmojiOne 2",
+        "Ranks.com Inc.",
+        "CC-BY-4.0",
+        "https://github.com/joypixels/emojione",
+    ),
+    "fxemoji": Source(
+        "@iconify-json/fxemoji",
+        "1.2.2",
+        "FxEmojis",
+        "Mozilla Foundation",
+        "Apache-2.0",
+        "https://github.com/mozilla/fxemoji",
+    ),
     "twemoji": Source(
         "@iconify-json/twemoji",
         "1.2.5",
@@ -56,7 +72,16 @@ STYLES = {  # the style's name in captions.jsonl
         "CC-BY-4.0",
         "https://github.com/jdecked/twemoji",
     ),
+    "openmoji": Source(
+        "@iconify-json/openmoji",
+        "1.2.29",
+        "OpenMoji",
+        "the OpenMoji contributors",
+        "CC-BY-SA-4.0",
+        "https://github.com/hfg-gmuend/openmoji",
+    ),
 }
+COMPLETE = ("noto", "fluent", "flat", "twemoji", "openmoji")
 WORDS = Source(
     "emojibase-data", "17.0.0", "Emojibase", "Miles Johnson", "MIT", "https://github.com/milesj/emojibase"
 )  # labels, tags and groups
@@ -65,6 +90,7 @@ LICENCES = {
     "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
     "MIT": "https://opensource.org/license/mit",
     "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+    "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
 }
 MIT_TEXT = """
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
@@ -105,32 +131,74 @@ def fetch(packages: Path) -> None:
             (Path(beside) / source.file).replace(packages / source.file)
 
 
-def read_drawings(packages: Path, style: str) -> dict[str, Drawing]:
-    """The drawings of one style by name. Aliases, which are no drawings of their own, are left out."""
+def read_drawings(packages: Path, style: str, codes: dict[str, str]) -> dict[str, Drawing]:
+    """The drawings of one style by code point; codes: those of `read_emoji`, by name.
+
+    A package that tells its code points is believed. The others are matched by name: their own, then their aliases.
+    """
     source = STYLES[style]
     with _package(packages, source) as read:
-        icons = read("icons.json")
+        icons, chars = read("icons.json"), read("chars.json")
         box = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
         box |= {key: icons[key] for key in box if key in icons}
+        names = {name: _bare(code) for code, name in chars.items()} or _matched(icons, codes)
         return {
-            name: Drawing(f"{name} of {source.file}", icon["body"], *(float(icon.get(key, box[key])) for key in box))
-            for name, icon in icons["icons"].items()
+            names[name]: Drawing(f"{name} of {source.file}", icon["body"], *(float(icon.get(k, box[k])) for k in box))
+            for name, icon in reversed(icons["icons"].items())  # of two with one code point the first stays
+            if name in names
         }
 
 
-def read_words(packages: Path) -> dict[str, dict]:
-    """{name: dict(label, tags, group)}: Emojibase's words for every emoji whose name a style tells."""
+def _matched(icons: dict, codes: dict[str, str]) -> dict[str, str]:
+    """{icon: code point} where its name or an alias is known. Names are compared without hyphens: alienmonster."""
+    names = {name: [name] for name in icons["icons"]}
+    for alias, other in icons.get("aliases", {}).items():
+        names.setdefault(other["parent"], []).append(alias)
+    known = {name: [codes[_joined(n)] for n in some if _joined(n) in codes] for name, some in names.items()}
+    return {name: found[0] for name, found in known.items() if found}
+
+
+def read_emoji(packages: Path) -> tuple[dict[str, dict], dict[str, str]]:
+    """Emojibase's words for every emoji that has a group, by code point, and the code points by name.
+
+    words: {code: dict(code, concept, label, tags, group, kind)}; concept: the name that the first style which tells one
+    has for it; kind: the group within the group, such as "animal-bird". Names, without hyphens: what the packages that
+    tell their code points call them, Emojibase's labels, Unicode's own.
+    """
     with _package(packages, WORDS) as read:
-        groups = read("meta/groups.json")["groups"]
-        entries = {_bare(entry["hexcode"]): entry for entry in read("en/data.json") if "group" in entry}
-    words = {}
-    for source in STYLES.values():  # no style tells all of them
+        groups = read("meta/groups.json")
+        words = {
+            _bare(entry["hexcode"]): {
+                "label": entry["label"],
+                "tags": list(entry.get("tags", ())),
+                "group": groups["groups"][str(entry["group"])],
+                "kind": groups["subgroups"][str(entry["subgroup"])],
+            }
+            for entry in read("en/data.json")
+            if "group" in entry
+        }
+    codes: dict[str, str] = {}
+    for source in STYLES.values():
         with _package(packages, source) as read:
             for hexcode, name in read("chars.json").items():
-                if name not in words and (entry := entries.get(_bare(hexcode))):
-                    group = groups[str(entry["group"])]
-                    words[name] = {"label": entry["label"], "tags": list(entry.get("tags", ())), "group": group}
-    return words
+                if (code := _bare(hexcode)) in words:
+                    words[code].setdefault("concept", name)
+                    codes.setdefault(_joined(name), code)
+    for code, entry in words.items():
+        codes.setdefault(_joined(entry["label"]), code)
+        if "-" not in code and (name := unicodedata.name(chr(int(code, 16)), "")):
+            codes.setdefault(_joined(name), code)
+    named = {
+        code: {"code": code, "concept": entry["concept"], **entry}
+        for code, entry in words.items()
+        if "concept" in entry
+    }
+    return named, codes
+
+
+def _joined(name: str) -> str:
+    """Letters and digits of a name: "Alien Monster", "alien-monster" and "alienmonster" are one."""
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def _bare(hexcode: str) -> str:
@@ -172,8 +240,12 @@ def attribution() -> str:
 
 
 def other_vendors(style: str) -> list[str]:
-    """A style of each other owner than this one's: two of one owner show nearly the same."""
-    first = {source.owner: name for name, source in reversed(STYLES.items())}
+    """A style of each other owner than this one's: two of one owner show nearly the same.
+
+    Of those that draw everything; OpenMoji's share-alike licence would ask the same of what it is shipped with.
+    """
+    able = {name: STYLES[name] for name in COMPLETE if "SA" not in STYLES[name].licence}
+    first = {source.owner: name for name, source in reversed(able.items())}
     return [name for owner, name in reversed(first.items()) if owner != STYLES[style].owner]
 
 

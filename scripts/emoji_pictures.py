@@ -131,7 +131,7 @@ def background(view: View, size: int, hue: float) -> np.ndarray:
     return (share * near + (1 - share) * far).round().astype(np.uint8)
 
 
-def contact_sheet(images: np.ndarray, labels: Sequence[str], columns: int = 6, cell: int = 64) -> Image.Image:
+def contact_sheet(images: np.ndarray, labels: Sequence[str], columns: int = 3, cell: int = 64) -> Image.Image:
     """images 'n s h w c' RGBA: n concepts in s styles, one beside the other over white, each concept's label below."""
     n, styles = images.shape[:2]
     gap, line = 12, 16

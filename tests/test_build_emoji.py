@@ -1,6 +1,6 @@
 """The emoji data set: what is in it, what is held out, and what is said when a package is missing or damaged.
 
-The five packages are made here, tiny, in the layout of the real ones: one coloured shape per concept and style.
+The nine packages are made here, tiny, in the layout of the real ones: one coloured shape per concept and style.
 """
 
 import io
@@ -18,19 +18,30 @@ from PIL import Image
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import build_emoji  # noqa: E402
+import colour_pairs  # noqa: E402
 import emoji_packages  # noqa: E402
 import emoji_pictures  # noqa: E402
+import held_out  # noqa: E402
 
 pytest.importorskip("resvg_py", reason="the data set is rasterised by resvg")
 
-CONCEPTS = [*build_emoji.SUBJECTS, "red-apple", "green-apple", "knot"]
 SHAPES = {
     "noto": '<circle cx="64" cy="64" r="50" fill="{fill}"/>',
+    "blob": '<circle cx="64" cy="64" r="40" fill="{fill}"/>',
     "fluent": '<path fill="{fill}" d="M4 4h24v24H4z"/>',
     "flat": '<path fill="{fill}" d="M16 4L28 28H4z"/>',
+    "emojione": '<path fill="{fill}" d="M8 8h48v48H8z"/>',
+    "fxemoji": '<path fill="{fill}" d="M0 0h256v512H0z"/>',
     "twemoji": '<path fill="{fill}" fill-opacity=".5" d="M0 0h36v18H0z"/>',  # touches the edge, half transparent
+    "openmoji": '<path fill="{fill}" d="M0 0h72v36H0z"/>',
 }
-SIDES = {"noto": 128, "fluent": 32, "flat": 32, "twemoji": 36}
+FILLED = dict(noto=0.48, blob=0.31, fluent=0.56, flat=0.28, emojione=0.56, fxemoji=0.5, twemoji=0.25, openmoji=0.5)
+SIDES = dict(noto=128, blob=128, fluent=32, flat=32, emojione=64, fxemoji=512, twemoji=36, openmoji=72)
+NAMELESS = ("blob", "fluent", "emojione", "fxemoji")  # packages that tell no code points
+HELD_OUT = json.loads(build_emoji.HELD_OUT.read_text(encoding="utf-8"))
+CODES = {entry["concept"]: entry["code"] for entry in HELD_OUT["development"]}
+CODES |= {"red-apple": "1F34E", "green-apple": "1F34F", "knot": "1FAA2", "crab": "1F980"}
+CONCEPTS = list(CODES)
 
 
 def pack(folder: Path, source, members: dict) -> Path:
@@ -48,7 +59,7 @@ def pack(folder: Path, source, members: dict) -> Path:
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages")
-    codes = {name: f"1F{n:03X}" for n, name in enumerate([*CONCEPTS, "flag-zz", "wave"])}
+    codes = CODES | {"flag-zz": "1F1FF", "wave": "1F44B"}
     for n, (style, source) in enumerate(build_emoji.STYLES.items()):
         icons = {
             name: {"body": SHAPES[style].format(fill=f"#{(37 * i + 90 * n) % 256:02x}8040")}
@@ -57,22 +68,34 @@ def packages(tmp_path_factory):
         icons["knot"] |= {"hidden": True}  # set aside by Iconify, and a drawing like any other
         icons[f"wave-{style}"] = icons["knot"]  # in one style only
         if style != "noto":
-            icons["wave"] = icons["knot"]  # in three
+            icons["wave"] = icons["knot"]  # in all others
         if style == "twemoji":
             icons["red-apple"]["height"] = 18  # not square: to be fitted in, centred
-        side = SIDES[style]
-        chars = {code: name for name, code in codes.items() if name in icons and (style, name) != ("noto", "knot")}
         aliases = {"scarlet-apple": {"parent": "red-apple"}}
+        if style == "fxemoji":
+            icons = {"lady-beetle".replace("-", ""): icons["lady-beetle"], "pomme": icons["red-apple"]}
+            aliases = {"apple-red": {"parent": "pomme"}, "red-apple": {"parent": "pomme"}}
+        if style == "emojione":
+            del icons["knot"]  # an incomplete style lacks what it lacks
+        side = SIDES[style]
+        chars = {} if style in NAMELESS else {code: name for name, code in codes.items() if name in icons}
         pack(
             folder,
             source,
             {"icons.json": {"icons": icons, "aliases": aliases, "width": side, "height": side}, "chars.json": chars},
         )
     entries = [
-        {"label": name.replace("-", " "), "hexcode": f"{code}-FE0F", "tags": ["thing", name[:3]], "group": 7}
+        {
+            "label": name.replace("-", " "),
+            "hexcode": f"{code}-FE0F",
+            "tags": ["thing", name[:3]],
+            "group": 7,
+            "subgroup": 62,
+        }
         for name, code in codes.items()
     ]
-    pack(folder, emoji_packages.WORDS, {"en/data.json": entries, "meta/groups.json": {"groups": {"7": "objects"}}})
+    groups = {"groups": {"7": "objects"}, "subgroups": {"62": "sport"}}
+    pack(folder, emoji_packages.WORDS, {"en/data.json": entries, "meta/groups.json": groups})
     return folder
 
 
@@ -100,25 +123,67 @@ def test_images_and_captions_come_in_the_same_order(folder, records):
     assert images.dtype == np.uint8
     for image, record in zip(images, records, strict=True):
         alpha = image[..., 3]
-        filled = {"noto": 0.48, "fluent": 0.56, "flat": 0.28, "twemoji": 0.25}[record["style"]]
-        assert abs(alpha.mean() / 255 - filled) < 0.02, record  # the shape's area (times .5 in twemoji)
+        assert abs(alpha.mean() / 255 - FILLED[record["style"]]) < 0.02, record  # the shape's area (× .5 in twemoji)
 
 
 def test_each_record_has_the_words_of_its_emoji(records):
-    assert all(list(r) == ["concept", "style", "label", "tags", "group", "split"] for r in records)
+    assert all(list(r) == ["code", "concept", "label", "tags", "group", "kind", "style", "split"] for r in records)
     apple = next(r for r in records if r["concept"] == "red-apple")
     assert (apple["label"], apple["tags"], apple["group"]) == ("red apple", ["thing", "red"], "objects")
+    assert (apple["code"], apple["kind"]) == ("1F34E", "sport")
 
 
-def test_only_concepts_drawn_in_every_style_are_in_and_no_flags_or_aliases(records):
+def test_only_concepts_drawn_in_every_complete_style_are_in_and_no_flags_or_aliases(records):
     assert {r["concept"] for r in records} == set(CONCEPTS)
-    assert len(records) == 4 * len(CONCEPTS)
+    drawn = {style: {r["concept"] for r in records if r["style"] == style} for style in build_emoji.STYLES}
+    assert all(drawn[style] == set(CONCEPTS) for style in build_emoji.COMPLETE)
+    assert drawn["emojione"] == set(CONCEPTS) - {"knot"}
 
 
-def test_twemoji_and_the_subjects_are_held_out_of_training(records):
+def test_drawings_of_packages_without_code_points_are_matched_by_name_or_alias(records):
+    assert {r["concept"] for r in records if r["style"] == "fxemoji"} == {"lady-beetle", "red-apple"}
+
+
+def test_two_vendors_and_the_held_out_concepts_of_all_others_are_in_no_training(records):
+    held_out = dict.fromkeys(build_emoji.SUBJECTS, "subject") | {"crab": "test"}
     for r in records:
-        held_out = "subject" if r["concept"] in build_emoji.SUBJECTS else "train"
-        assert r["split"] == ("unseen" if r["style"] == "twemoji" else held_out)
+        unseen = r["style"] in ("twemoji", "openmoji")
+        assert r["split"] == ("unseen" if unseen else held_out.get(r["concept"], "train"))
+
+
+def test_a_hundred_and_twenty_concepts_are_held_out_and_each_has_a_sibling_that_is_not():
+    assert {name: len(entries) for name, entries in HELD_OUT.items()} == {"development": 20, "test": 100}
+    codes = {entry["code"] for entries in HELD_OUT.values() for entry in entries}
+    assert len(codes) == 120
+    assert [entry["concept"] for entry in HELD_OUT["development"]] == list(build_emoji.SUBJECTS)
+    assert all(entry["siblings"] and not codes & set(entry["siblings"]) for e in HELD_OUT.values() for entry in e)
+    families = [entry["family"] for entry in HELD_OUT["test"]]
+    assert {name: families.count(name) for name in held_out.QUOTAS} == held_out.QUOTAS
+
+
+def test_concepts_are_held_out_by_a_rule_that_spares_what_the_sheets_ask_for():
+    names = [*build_emoji.SUBJECTS, *(f"elephant {n}" for n in range(10)), *(f"pet {n}" for n in range(60))]
+    words = {
+        f"{n:X}": {"concept": name, "label": name.replace("-", " "), "tags": ["pet"], "kind": "animal-mammal"}
+        for n, name in enumerate(names)
+    }
+    chosen = held_out.choose(words)
+    test = {words[entry["code"]]["label"] for entry in chosen["test"]}
+    assert len(test) == held_out.QUOTAS["animals"]
+    assert not any("elephant" in label for label in test)
+    assert chosen == held_out.choose(dict(reversed(words.items())))
+
+
+def test_pairs_are_chosen_by_a_rule_far_from_any_colour_that_the_thing_has_and_evenly():
+    hues = {f"thing {n}": [12.0 * n, 12.0 * n + 20] for n in range(30)} | {"apple": [0.0]}
+    pairs = colour_pairs.choose(hues)
+    assert pairs == colour_pairs.choose(dict(reversed(hues.items())))
+    assert len(pairs) == 30
+    assert "apple" not in dict(pairs)  # the sheets ask for it
+    for thing, colour in pairs:
+        assert all(colour_pairs.apart(colour_pairs.COLOURS[colour].hue, hue) >= 75 for hue in hues[thing])
+    counts = [sum(colour == c for _, colour in pairs) for c in colour_pairs.HUES]
+    assert max(counts) - min(counts) <= 2
 
 
 def test_alpha_is_straight_and_drawings_that_are_not_square_are_centred(folder, records):
@@ -146,9 +211,10 @@ def test_every_owner_and_licence_is_named(folder):
 
 def test_the_contact_sheet_shows_every_style_of_every_concept(folder):
     sheet = np.asarray(Image.open(folder / "contact_sheet.png"))
-    cells = [sheet[6 + 84 * (i // 6) :, 12 + 268 * (i % 6) :][:64, :256] for i in range(len(CONCEPTS))]
+    cells = [sheet[6 + 84 * (i // 3) :, 12 + 524 * (i % 3) :][:64, :512] for i in range(len(CONCEPTS))]
     for cell in cells:
-        assert all((cell[:, s * 64 : s * 64 + 64] != 255).any() for s in range(4))
+        shown = [(cell[:, s * 64 : s * 64 + 64] != 255).any() for s in range(8)]
+        assert all(drawn for style, drawn in zip(FILLED, shown, strict=True) if style in build_emoji.COMPLETE)
 
 
 @pytest.mark.parametrize("name", ["poodle", "racing-car"])
@@ -219,7 +285,7 @@ def test_a_folder_with_other_things_is_not_touched(packages, tmp_path):
 def test_a_missing_package_says_to_download(tmp_path):
     done = build(tmp_path / "emoji", tmp_path / "none")
     assert done.returncode == 1
-    assert "iconify-json-noto-1.2.9.tgz is missing: add --download" in done.stderr
+    assert "emojibase-data-17.0.0.tgz is missing: add --download" in done.stderr
     assert not (tmp_path / "emoji").exists()
 
 
@@ -231,7 +297,6 @@ def damaged(packages: Path, tmp_path: Path, source, change) -> Path:
 
 
 NOTO, WORDS = build_emoji.STYLES["noto"], emoji_packages.WORDS
-NO_HEXCODE = {"en/data.json": [{"group": 7}], "meta/groups.json": {"groups": {"7": "objects"}}}
 
 
 @pytest.mark.parametrize(

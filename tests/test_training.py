@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from minisd.runtime.tuning import tune
 from tiny import random_network
 from torch import nn
 from training_tiny import DDPM, LOOP, RUN, UNET, pictures, train_recipe
@@ -462,3 +463,14 @@ def test_a_config_is_changed_by_what_differs_only(tmp_path):
 def test_a_change_that_changes_nothing_is_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         changed(DDPM, read_changes(None, settings))
+
+
+def test_group_norms_that_train_in_bfloat16_on_a_cpu_are_taken_in_float32():
+    norm = nn.Sequential(nn.GroupNorm(2, 4))
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = nn.functional.group_norm(x.float(), 2, norm[0].weight, norm[0].bias).bfloat16()
+    tune(norm, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x), expected)
+        with torch.no_grad():  # drawing stays as it was
+            assert torch.equal(norm(x), nn.functional.group_norm(x, 2, norm[0].weight, norm[0].bias))

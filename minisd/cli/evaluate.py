@@ -15,9 +15,10 @@ from minisd.tasks import Txt2Img
 
 if TYPE_CHECKING:
     from minisd.eval.drawings import Drawings
+    from minisd.eval.mini import Sets
     from minisd.stable_diffusion import StableDiffusion
 
-FILES = ("eval.json", "eval.md", "prompts.png", "name_these.png", "name_these.txt")
+FILES = ("eval.json", "eval.md", "prompts.png", "name_these.png", "name_these.txt", "nearest.png")
 
 
 def eval_mini(
@@ -38,7 +39,8 @@ def eval_mini(
 
     Args:
         data: data set folder made by scripts/build_emoji.py.
-        out: output folder: eval.json, eval.md, a sheet of 48 fixed prompts, and one of 20 objects for a person to name.
+        out: output folder: eval.json, eval.md, a sheet of 48 fixed prompts, one of 20 objects for a person to name, and
+            one of these beside the training images that they are most like.
         seed: random seed of the first image of every set.
         concepts: number of concepts to sample and to look up among the training images.
         pictures: number of samples for the Fréchet distance.
@@ -64,14 +66,14 @@ def eval_mini(
     digest = fingerprint(checkpoint) if checkpoint.is_dir() else sha256(checkpoint)
     space = CLIPFeatures.of(sd).name
     size = sd.config.image_size
-    sets = mini.Sets(*(drawings(data, size, split) for split in ("train", "subject", "unseen")))
+    sets = data_sets(data, size)
     rows = mini.measure(sd, sets, plan, options)
-    sheets = draw_sheets(sd, seed, options)
+    sheets = draw_sheets(sd, sets.train, seed, options)
 
     result = {
         "model": sd.config.name,
         "checkpoint": {"file": checkpoint.name, "digest": digest, **_loaded(model)},
-        "data": {"digest": sha256(data / "data.json"), **{name: len(some) for name, some in vars(sets).items()}},
+        "data": {"digest": sha256(data / "data.json"), **{name: len(some) for name, some in sets}},
         "feature_space": space,
         "settings": asdict(options),
         "plan": asdict(plan),
@@ -105,6 +107,19 @@ def _loaded(model: Model) -> dict[str, str]:
     }
 
 
+def data_sets(folder: Path, size: int) -> Sets:
+    """All splits of the emoji: the unseen vendors each for itself, and held-out concepts for tests where there are."""
+    from minisd.eval.mini import Sets
+    from minisd.training.data import read_records
+
+    unseen = drawings(folder, size, "unseen")
+    first, *more = dict.fromkeys(unseen.styles)
+    others = {f"{style}, an unseen vendor": unseen.of_style(style) for style in more}
+    if any(record["split"] == "test" for record in read_records(folder)):
+        others["held-out concepts, for tests"] = drawings(folder, size, "test")
+    return Sets(drawings(folder, size, "train"), drawings(folder, size, "subject"), unseen.of_style(first), others)
+
+
 def drawings(folder: Path, size: int, split: str) -> Drawings:
     """A split of the emoji as the measures want it: over white, the words of a drawing without its style."""
     import torch
@@ -121,19 +136,27 @@ def drawings(folder: Path, size: int, split: str) -> Drawings:
     return Drawings(images, concepts, styles, tuple(words))
 
 
-def draw_sheets(sd: StableDiffusion, seed: int, options: Txt2Img) -> dict[str, Callable[[BinaryIO], None]]:
-    """How to write the sheet of prompts, the sheet of nameless objects, and the key to that, by file name."""
-    from minisd.eval.mini import draw
+def draw_sheets(
+    sd: StableDiffusion, train: Drawings, seed: int, options: Txt2Img
+) -> dict[str, Callable[[BinaryIO], None]]:
+    """How to write the sheet of prompts, that of nameless objects, its key, and their nearest, by file name."""
+    from minisd.eval.mini import draw, nearest
     from minisd.eval.sheets import COMMON, PROMPTS, captioned, shuffled
     from minisd.tasks.images import to_pil
 
     prompts = captioned(to_pil(draw(sd, PROMPTS, seed, options, progress="sheet of prompts")), PROMPTS, columns=8)
     hidden = shuffled(COMMON, seed)
     numbers = [str(i + 1) for i in range(len(hidden))]
-    objects = captioned(to_pil(draw(sd, hidden, seed, options, progress="objects to name")), numbers, columns=5)
+    images = draw(sd, hidden, seed, options, progress="objects to name")
+    objects = captioned(to_pil(images), numbers, columns=5)
     key = "".join(f"{number}: {prompt}\n" for number, prompt in zip(numbers, hidden, strict=True))
+    rows = nearest(images, train)
+    pairs = [picture for i, row in enumerate(rows) for picture in (images[i], train.images[row])]
+    names = [name for prompt, row in zip(hidden, rows, strict=True) for name in (prompt, train.captions()[row])]
+    beside = captioned([one for picture in pairs for one in to_pil(picture[None])], names, columns=8)
     return {
         "prompts.png": lambda file: prompts.save(file, "PNG", optimize=True),
         "name_these.png": lambda file: objects.save(file, "PNG", optimize=True),
         "name_these.txt": lambda file: file.write(key.encode()),
+        "nearest.png": lambda file: beside.save(file, "PNG", optimize=True),
     }

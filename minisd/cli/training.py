@@ -103,13 +103,12 @@ def training_command(name: str) -> Callable[..., None]:
     unset = options_type()
 
     def command(folder, *, out=Path(name), config=None, options=unset, settings=(), run=RUN) -> None:
-        from minisd.training.data import load_pictures
         from minisd.training.parallel import processes
 
         check(folder, out, run)
         plan = changed(trained.config(run.device), read_changes(config, ()))
         plan = changed(changed(plan, plain_changes(options)), read_changes(None, settings))
-        images = load_pictures(folder, size=trained.resolution(plan))
+        images = trained.load(folder, plan)
         with processes(run.device) as group:
             trained.train(images, out, plan, run, group)
         print(out / trained.writes)

@@ -20,6 +20,12 @@ NOTES = (
     "caption has: a CLIP that minisd trained knows such words only as unknown.",
     "Right concept: of the training drawings whose 16 × 16 RGB means, less each picture's mean, are nearest (cosine), "
     "one of the first 10 shows the prompt's concept.",
+    "Likeness: the largest cosine between a picture's thumbnail, as above, and a training drawing's; a copy has 1.",
+    "Unseen pairs: a thing and a colour that no training picture shows together. Hue: the mean of the foreground's, "
+    "weighed by how coloured its pixels are, is within 30° of the asked one. Shape: among the 10 training drawings "
+    "whose shapes are nearest (foreground cut out, grey, brought to one size of 16 × 16) is one of the thing.",
+    "Ground: of a picture's corners the colour, its deviation and its changes across and down are likeliest under the "
+    "asked ground, of all colours and textures that training paints, and white.",
     "Fréchet distance: of normal distributions fitted to features of the space named above. It is no FID, which is "
     "taken in Inception's space, and compares only with rows of this table of as many pictures.",
     "Intervals hold the middle 95 % of 2000 bootstrap means over pictures. The rows in italics are baselines, taken by "
@@ -51,8 +57,7 @@ def page(result: Mapping, rows: Sequence[Row]) -> str:
     loaded = "".join(f", {name} {value}" for name, value in checkpoint.items() if name not in ("file", "digest"))
     facts = [
         f"checkpoint: {checkpoint['file']}, {checkpoint['digest']}{loaded}",
-        f"data: {data['train']} training drawings, {data['held_out']} of held-out concepts, {data['unseen']} of an "
-        f"unseen vendor; data.json {data['digest']}",
+        f"data: {', '.join(f'{n} {name}' for name, n in data.items() if name != 'digest')}; data.json {data['digest']}",
         f"feature space: {result['feature_space']}",
         f"drawn with {settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}; "
         f"picture i of each set has the seed {plan['seed']} + i",

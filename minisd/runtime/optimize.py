@@ -83,12 +83,23 @@ class QuickFeedForward(FeedForward):
         ).view_as(x)
 
 
+class QuickGroupNorm(nn.GroupNorm):
+    """Where gradients are wanted on a CPU, bfloat16 is normalised in float32: PyTorch's own backward is slow there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
+        if slow and torch.is_grad_enabled():
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
 FORMS: dict[type[nn.Module], type[nn.Module]] = {
     Attention: QuickAttention,
     PixelAttention: QuickPixelAttention,
     nn.Conv2d: QuickConv2d,
     Conv3x3: QuickConv3x3,
     FeedForward: QuickFeedForward,
+    nn.GroupNorm: QuickGroupNorm,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 
 WAYS = 6  # captions of one drawing at most; the first is the plainest
@@ -29,8 +30,8 @@ def compose(record: Mapping, ways: int = WAYS) -> tuple[str, ...]:
 
 
 def with_article(label: str) -> str:
-    """ "red apple" → "a red apple", "eagle" → "an eagle"; plurals stay bare."""
-    last = label.split()[-1] if label.split() else ""
+    """ "red apple" → "a red apple", "eagle" → "an eagle"; plurals stay bare, "face with open eyes" is none."""
+    last = (re.split(r" (?:with|without|of|in|on|from|showing) ", label)[0].split() or [""])[-1]
     if not last or not last[0].isalpha() or (last.endswith("s") and not last.endswith(("ss", "us"))):
         return label
     return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,22 @@ from minisd.training.captions import compose
 from minisd.training.draws import Draws
 from minisd.training.folders import captions_beside, image_paths, read_all
 
+VISITS = {  # of a drawing of each group (of another: 1) in one pass over the emoji, beside each scene's one
+    "animals-nature": 12,
+    "food-drink": 12,
+    "objects": 10,
+    "travel-places": 10,
+    "activities": 10,
+    "smileys-emotion": 8,
+    "symbols": 4,
+    "flags": 4,
+    "people-body": 6,
+}
+# the 169 concepts of these words, jobs and sports, are others once more
+VARIANTS = ("man", "woman", "men", "women", "person:", "man:", "woman:")
+VARIANT_VISITS = 2
+SISTERS = ("fluent", "flat")  # one vendor's drawings in two renderings: they share one style's visits
+
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
@@ -27,16 +44,22 @@ class Pictures:
 
     pixels: uint8 'n h w c', RGB, or RGBA with straight alpha; may be a memory map. captions: for each picture the ways
     to put it, the plainest first; empty tuples where there are none. names: what an error calls them. digest: tells
-    data sets apart.
+    data sets apart. visits: how often each is seen in one pass; once where it says nothing.
     """
 
     pixels: np.ndarray
     captions: tuple[tuple[str, ...], ...]
     names: tuple[str, ...]
     digest: str
+    visits: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @cached_property
+    def visited(self) -> Tensor:
+        """The rows of one pass, each as often as it is visited, LongTensor 'v'."""
+        return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.visits or (1,) * len(self)))
 
     @property
     def size(self) -> int:
@@ -46,7 +69,9 @@ class Pictures:
         """The pictures of these rows, in this order."""
         digest = hashlib.sha256(f"{self.digest} {list(rows)}".encode()).hexdigest()[:16]
         captions, names = (tuple(values[i] for i in rows) for values in (self.captions, self.names))
-        return replace(self, pixels=self.pixels[list(rows)], captions=captions, names=names, digest=digest)
+        visits = tuple(self.visits[i] for i in rows) if self.visits else ()
+        pixels = self.pixels[list(rows)]
+        return replace(self, pixels=pixels, captions=captions, names=names, digest=digest, visits=visits)
 
     def images(self, rows: Tensor | Sequence[int], device: str | torch.device = "cpu") -> Tensor:
         """'b 3 h w' in [-1, 1], transparent parts over white."""
@@ -118,12 +143,12 @@ def load_pictures(folder: str | os.PathLike, *, size: int | None = None, split: 
     """A data set folder: one that scripts/build_emoji.py made, or any folder of pictures.
 
     size: the side to reach: plain pictures are cropped to their middle square and resized (Lanczos); the emoji must
-    have it already. split: of the emoji; "train", "subject" or "unseen". Plain folders have no splits.
+    have it already. split: of the emoji; "train", "subject", "test" or "unseen". Plain folders have no splits.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    if (folder / "images.npy").exists():
+    if is_emoji(folder):
         return load_emoji(folder, size=size, split=split)
     if size is None:
         raise ValueError(f"{folder} holds pictures of any size: say which size they shall have")
@@ -157,10 +182,20 @@ def _square(path: Path, size: int) -> np.ndarray:
     return rearrange(to_uint8(tensor), "1 c h w -> h w c").numpy()
 
 
+def is_emoji(folder: Path) -> bool:
+    """Whether scripts/build_emoji.py made this folder."""
+    return (folder / "images.npy").exists()
+
+
+def read_records(folder: Path) -> list[dict]:
+    """What is said of each picture of the emoji, in their order: concept, style, label, tags, group, split …"""
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def load_emoji(folder: Path, *, size: int | None = None, split: str = "train") -> Pictures:
     """A split of the data set that scripts/build_emoji.py made. ValueError where its files do not fit each other."""
-    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(folder)
     try:
         pixels = np.load(folder / "images.npy", mmap_mode="r")
     except (OSError, ValueError) as error:
@@ -179,5 +214,12 @@ def load_emoji(folder: Path, *, size: int | None = None, split: str = "train") -
         raise ValueError(f"{folder} has no pictures of the split {split!r}; known: {known}")
     data = hashlib.sha256((folder / "data.json").read_bytes()).hexdigest()[:16]
     names = tuple(f"{record['concept']} ({record['style']})" for record in records)
-    whole = Pictures(pixels, tuple(compose(record) for record in records), names, data)
-    return whole.subset(rows)
+    visits = tuple(visits_of(record) for record in records)
+    return Pictures(pixels, tuple(compose(record) for record in records), names, data, visits).subset(rows)
+
+
+def visits_of(record: Mapping) -> int:
+    """How often a drawing of the emoji is seen in one pass: common things more than a job in its third form."""
+    is_variant = record["group"] == "people-body" and record["label"].lower().split()[0] in VARIANTS
+    visits = VARIANT_VISITS if is_variant else VISITS.get(record["group"], 1)
+    return visits // 2 if record["style"] in SISTERS else visits

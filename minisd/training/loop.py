@@ -80,6 +80,8 @@ def train(
     ema = EMA(networks, config.ema)
     state = folder / "state.safetensors"
     start = load_state(state, networks, optimizers, ema, settings)
+    if start > config.steps:
+        raise ValueError(f"{state} holds {start} steps, more than the {config.steps} asked for: give as many at least")
 
     def losses(step: int, part: int) -> dict[str, Tensor]:
         """Those of one micro-batch of this process."""

@@ -55,6 +55,11 @@ class LoopConfig:
         if self.cycles < 1 or self.steps % self.cycles:
             raise ValueError(f"{self.steps} steps in {self.cycles} cycles: the steps must divide into equal ones")
 
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether no step depends on how many will follow, so that a training can end, or go on, at any of them."""
+        return self.decay == "constant" and self.cycles == 1
+
 
 @dataclass(frozen=True)
 class TrainingRun:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 # A recipe's file under this package, and its line of help.
@@ -22,12 +23,12 @@ class TrainingRecipe:
     """What the command line needs to know of a recipe.
 
     config: its config dataclass, with the defaults for a device ("cpu", "cuda" …). train: (images, folder, config, run,
-    group). resolution: the side of the images that a config wants. writes: the result's file in the folder.
+    group). load: (folder, config) → images. writes: the result's file in the folder.
     """
 
     config: Callable[[str], Any]
     train: Callable[..., Any]
-    resolution: Callable[[Any], int]
+    load: Callable[[Path, Any], Any]
     writes: str
 
 

@@ -103,12 +103,13 @@ class CLIPRecipe:
         self.group = ALONE
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.pictures.visited)
 
     def loss(self, examples: Tensor, draws: Draws) -> dict[str, Tensor]:
-        way = (draws.uniform().cpu() * self.count[examples]).long()
-        ids = self.ids[self.first[examples] + way].to(draws.device)
-        image = augmented(self.pictures, examples, draws, self.config.augmentation)
+        rows = self.pictures.visited[examples]
+        way = (draws.uniform().cpu() * self.count[rows]).long()
+        ids = self.ids[self.first[rows] + way].to(draws.device)
+        image = augmented(self.pictures, rows, draws, self.config.augmentation)
         text = self.group.gather(self.text.embed(self._veiled(ids, draws)))
         vision = self.group.gather(self.vision(self.resized(image)))
         scale = self.networks["temperature"]()

@@ -26,7 +26,7 @@ from minisd.models.unet import Conditioning, UNet
 from minisd.pipeline import build_schedule
 from minisd.schema import from_dict
 from minisd.tasks.images import grid, to_pil
-from minisd.training.data import Augmentation, Pictures, augmented
+from minisd.training.data import Augmentation, Pictures, augmented, load_pictures
 from minisd.training.draws import Draws, generator
 from minisd.training.improved_ddpm import hybrid_loss
 from minisd.training.loop import train
@@ -185,6 +185,6 @@ def load_ddpm(path: str | os.PathLike, *, device: str | torch.device = "cpu") ->
 RECIPE = TrainingRecipe(
     config=lambda device: DDPMConfig(),
     train=train_ddpm,
-    resolution=lambda config: config.size,
+    load=lambda folder, config: load_pictures(folder, size=config.size),
     writes="ddpm.safetensors",
 )

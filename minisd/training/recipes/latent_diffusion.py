@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from minisd.checkpoints.digests import network_digest
 from minisd.checkpoints.files import open_tensors, save_safetensors
-from minisd.config import ModelConfig
+from minisd.config import CLIPTextConfig, ModelConfig
 from minisd.diffusion.gaussian import per_image
 from minisd.models.clip import CLIPText
 from minisd.models.unet import Conditioning, UNet
@@ -66,18 +65,19 @@ class LatentDiffusionConfig:
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """What the frozen networks make of a data set, computed once.
+    """What the VAE makes of a data set, computed once, and its captions' tokens.
 
-    mean, std: of the U-Net latents, 'n c h w'. states: of all captions, 'k l d'; picture i has the `count[i]` captions
-    from `first[i]` on. empty: of the empty caption, 'l d'.
+    mean, std: of the U-Net latents, 'n c h w'. ids: of all captions, int32 'k l'; picture i has the `count[i]` captions
+    from `first[i]` on. empty: of the empty caption, 'l'. visited: the pictures of one pass, 'v'.
     """
 
     mean: Tensor
     std: Tensor
-    states: Tensor
+    ids: Tensor
     empty: Tensor
     first: Tensor
     count: Tensor
+    visited: Tensor
 
     def to(self, device: torch.device) -> Cache:
         return Cache(**{name: tensor.to(device) for name, tensor in vars(self).items()})
@@ -98,15 +98,15 @@ class LatentDiffusionRecipe:
         self.networks = nn.ModuleDict({"unet": self.unet})
 
     def __len__(self) -> int:
-        return len(self.cache.mean)
+        return len(self.cache.visited)
 
     def loss(self, examples: Tensor, draws: Draws) -> dict[str, Tensor]:
         cache, schedule, prediction = self.cache, self.schedule, self.config.model.prediction
-        examples = examples.to(draws.device)
-        mean, std = cache.mean[examples], cache.std[examples]
-        way = (draws.uniform() * cache.count[examples]).long()
+        rows = cache.visited[examples.to(draws.device)]
+        mean, std = cache.mean[rows], cache.std[rows]
+        way = (draws.uniform() * cache.count[rows]).long()
         dropped = draws.uniform() < self.config.caption_dropout
-        context = torch.where(dropped[:, None, None], cache.empty, cache.states[cache.first[examples] + way]).float()
+        context = self.states(torch.where(dropped[:, None], cache.empty, cache.ids[cache.first[rows] + way]))
         t = draws.integers(schedule.num_timesteps)
 
         x_0 = mean + std * draws.normal(*mean.shape[1:])
@@ -118,6 +118,14 @@ class LatentDiffusionRecipe:
         error = per_image((output - target) ** 2)
         weights = min_snr_weights(schedule, t, self.config.min_snr, prediction).to(error.device)
         return {"loss": (weights * error).mean(), "mse": error.mean()}
+
+    @torch.no_grad()
+    def states(self, ids: Tensor) -> Tensor:
+        """Of the frozen text encoder, 'b l d': a few hundredths of a step's work, where all captions' would fill
+        gigabytes. In float32, as when a picture is drawn.
+        """
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.text(ids.long())
 
     def sheet(self, step: int) -> Image.Image | None:
         """The prompts of the config, drawn with the model as it is, by the code that draws every picture."""
@@ -153,12 +161,14 @@ def train_latent_diffusion(
     digest = _digest(vae, text, pictures)
     cache = load_cache(folder / CACHE, digest)
     if cache is None:
-        cache = build_cache(pictures, vae.to(group.device), text.to(group.device))
+        cache = build_cache(pictures, vae.to(group.device), text.config, group)
         if group.is_first:
             save_cache(folder / CACHE, cache, digest)
     recipe = LatentDiffusionRecipe(vae.to(group.device), text.to(group.device), cache.to(group.device), config)
-    # where memory is saved is no part of the result
+    # where memory is saved is no part of the result, nor, at a constant rate, when the training is to end
     settings = {"recipe": asdict(replace(config, gradient_checkpointing=False)), "data": digest}
+    if config.loop.is_open_ended:
+        settings["recipe"]["loop"]["steps"] = None
     if start is not None:
         recipe.unet.load_state_dict(start.state_dict())
         settings["start"] = network_digest(start)
@@ -167,23 +177,29 @@ def train_latent_diffusion(
 
 
 @torch.no_grad()
-def build_cache(pictures: Pictures, vae: VAE, text: CLIPText, *, batch_size: int = 32) -> Cache:
-    """Latents and text states of a data set; the states in float16, which their layer norm keeps within 1e-3."""
+def build_cache(
+    pictures: Pictures, vae: VAE, text: CLIPTextConfig, group: Processes = ALONE, *, batch_size: int = 32
+) -> Cache:
+    """Latents and tokens of a data set; the processes share the work, and all get the whole."""
     device = next(vae.parameters()).device
-    gaussians = [vae.encode(pictures.images(rows, device)) for rows in torch.arange(len(pictures)).split(batch_size)]
-    tokenizer = Tokenizer(length=text.config.length, pad_id=text.config.pad_id, dialect=text.config.dialect)
+    shape = (len(pictures), vae.config.latent_channels, *[pictures.size // vae.config.factor] * 2)
+    mean, std = torch.zeros(shape), torch.zeros(shape)
+    for rows in torch.arange(len(pictures))[group.rank :: group.count].split(batch_size):
+        gaussian = vae.encode(pictures.images(rows, device))
+        mean[rows], std[rows] = gaussian.mean.float().cpu(), gaussian.std.float().cpu()
+    tensors = [mean.to(device), std.to(device)]
+    group.sum_(tensors)  # of the others' rows each has zeros
 
-    def states(texts: Sequence[str]) -> Tensor:
-        return torch.cat([text(ids.to(device)).cpu().half() for ids in tokenizer(texts).split(batch_size)])
-
+    tokenizer = Tokenizer(length=text.length, pad_id=text.pad_id, dialect=text.dialect)
     count = torch.tensor([len(texts) for texts in pictures.captions])
     return Cache(
-        mean=torch.cat([g.mean.float().cpu() for g in gaussians]),
-        std=torch.cat([g.std.float().cpu() for g in gaussians]),
-        states=states([text for texts in pictures.captions for text in texts]),
-        empty=states([""])[0],
+        mean=tensors[0].cpu(),
+        std=tensors[1].cpu(),
+        ids=tokenizer([words for texts in pictures.captions for words in texts]).int(),
+        empty=tokenizer([""])[0].int(),
         first=count.cumsum(0) - count,
         count=count,
+        visited=pictures.visited,
     )
 
 

@@ -29,6 +29,7 @@ from minisd.training.recipes import TrainingRecipe
 from minisd.training.recipes.clip import CLIPRecipeConfig, train_clip
 from minisd.training.recipes.latent_diffusion import LatentDiffusionConfig, train_latent_diffusion
 from minisd.training.recipes.vae import VAERecipeConfig, train_vae
+from minisd.training.scenes import load_training
 from minisd.training.state import differing
 
 FILE = "mini.safetensors"
@@ -42,6 +43,7 @@ class MiniConfig:
         vae: the autoencoder.
         clip: the text and the vision tower.
         unet: the U-Net. Its model's vae, text and vision are filled in with those trained before it.
+        scenes: how many are composed of the emoji and learnt beside them (`training.scenes`); other pictures have none.
         half: whether the weights are saved in float16.
         start: checkpoints to start from (vae.safetensors, clip.safetensors, whole models): a VAE and a CLIP in them are
             used as they are, a U-Net is fine-tuned.
@@ -50,6 +52,7 @@ class MiniConfig:
     vae: VAERecipeConfig = field(default_factory=VAERecipeConfig)
     clip: CLIPRecipeConfig = field(default_factory=CLIPRecipeConfig)
     unet: LatentDiffusionConfig = field(default_factory=LatentDiffusionConfig)
+    scenes: int = 0
     half: bool = True
     start: tuple[str, ...] = ()
 
@@ -64,6 +67,7 @@ def mini_config(*, gpu: bool = False, model: ModelConfig = MINI) -> MiniConfig:
     common = {"decay": "cosine", "betas": (0.9, 0.99), "precision": precision}
     varied = Augmentation(background=0.3, zoom=0.2, shift=0.1)
     return MiniConfig(
+        scenes=30_000,
         vae=VAERecipeConfig(
             vae=model.vae,
             loop=LoopConfig(steps=8_000, batch_size=4 * more, lr=1e-3, muon=0.012, ema=0.995, **common),
@@ -192,6 +196,6 @@ def in_half(network: nn.Module) -> nn.Module:
 RECIPE = TrainingRecipe(
     config=lambda device: mini_config(gpu=device.startswith("cuda")),
     train=train_mini,
-    resolution=lambda config: config.unet.model.image_size,
+    load=lambda folder, config: load_training(folder, size=config.unet.model.image_size, scenes=config.scenes),
     writes=FILE,
 )

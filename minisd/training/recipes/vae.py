@@ -99,11 +99,11 @@ class VAERecipe:
                 self.networks["discriminator"] = PatchDiscriminator(config.gan_channels, config.gan_layers)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.pictures.visited)
 
     def loss(self, examples: Tensor, draws: Draws) -> dict[str, Tensor]:
         config = self.config
-        image = augmented(self.pictures, examples, draws, config.augmentation)
+        image = augmented(self.pictures, self.pictures.visited[examples], draws, config.augmentation)
         posterior = self.vae.encode(image)
         z = posterior.mean + posterior.std * draws.normal(*posterior.mean.shape[1:])
         kl = kl_to_standard(posterior).mean() / image[0].numel()
@@ -152,7 +152,7 @@ class VAERecipe:
     @torch.no_grad()
     def sheet(self, step: int) -> Image.Image:
         """Pictures above, their reconstructions below."""
-        rows = torch.linspace(0, len(self) - 1, min(8, len(self))).long()
+        rows = torch.linspace(0, len(self.pictures) - 1, min(8, len(self.pictures))).long()
         device = next(self.vae.parameters()).device
         image = self.pictures.images(rows, device)
         return grid(to_pil(torch.cat([image, self.vae.decode(self.vae.encode(image).mean)])), columns=len(rows))
