@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisd.eval.colours import COLOURS, HUES, SHOWN, apart, dominant_colour
+from minisd.training.colours import COLOURS, HUES, SHOWN, apart, dominant_colour
 from minisd.training.scenes import GROUPS, noun
 
 SEED, COUNT, FAR = "minisd mini, second edition", 30, 75.0

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from minisd.eval.colours import HUES, PAIRS
 from minisd.eval.compositions import (
     GroundJudge,
     colour_prompts,
@@ -18,6 +17,7 @@ from minisd.eval.compositions import (
 )
 from minisd.eval.drawings import Drawings
 from minisd.eval.grounds import GROUNDS
+from minisd.training.colours import HUES, PAIRS
 
 SIDE = 64
 RED, BLUE = (210, 40, 40), (40, 80, 210)

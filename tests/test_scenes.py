@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd.eval.colours import (
+from minisd.eval.grounds import GROUNDS, painted
+from minisd.training.colours import (
     COLOURS,
     HUES,
     PAIRS,
@@ -19,7 +20,6 @@ from minisd.eval.colours import (
     recoloured,
     rgb_of,
 )
-from minisd.eval.grounds import GROUNDS, painted
 from minisd.training.data import Pictures, visits_of
 from minisd.training.scenes import PLACES, Composer, load_training, noun, with_scenes
 

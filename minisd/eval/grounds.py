@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from minisd.eval.colours import COLOURS, rgb_of
+from minisd.training.colours import COLOURS, rgb_of
 
 
 @dataclass(frozen=True)

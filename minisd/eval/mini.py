@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from minisd.config import VAEConfig
 from minisd.diffusion.samplers import get_sampler
-from minisd.eval.colours import PAIRS
 from minisd.eval.compositions import (
     HUE_NEAR,
     GroundJudge,
@@ -41,6 +40,7 @@ from minisd.eval.retrieval import chance, found, thumbnails
 from minisd.models.latents import decode_latents, encode_image
 from minisd.stable_diffusion import StableDiffusion
 from minisd.tasks import Txt2Img
+from minisd.training.colours import PAIRS
 
 NEAREST = "right concept in the nearest 10"
 HUE, SHAPE = "hue of an unseen pair", "shape of an unseen pair in the nearest 10"

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minisd.eval.colours import COLOURS, HUES, dominant_colour, is_held_out, recoloured
 from minisd.eval.grounds import GROUNDS, painted
 from minisd.training.captions import with_article
+from minisd.training.colours import COLOURS, HUES, dominant_colour, is_held_out, recoloured
 from minisd.training.data import Pictures, is_emoji, load_pictures, read_records
 
 UNFIT = ("place-religious", "religion")  # no jokes with what is holy to somebody
