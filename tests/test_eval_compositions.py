@@ -16,8 +16,8 @@ from minisd.eval.compositions import (
     shapes,
 )
 from minisd.eval.drawings import Drawings
-from minisd.eval.grounds import GROUNDS
 from minisd.training.colours import HUES, PAIRS
+from minisd.training.grounds import GROUNDS
 
 SIDE = 64
 RED, BLUE = (210, 40, 40), (40, 80, 210)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd.eval.grounds import GROUNDS, painted
 from minisd.training.colours import (
     COLOURS,
     HUES,
@@ -21,6 +20,7 @@ from minisd.training.colours import (
     rgb_of,
 )
 from minisd.training.data import Pictures, visits_of
+from minisd.training.grounds import GROUNDS, painted
 from minisd.training.scenes import PLACES, Composer, load_training, noun, with_scenes
 
 SIDE = 64

@@ -15,9 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from minisd.eval.drawings import Drawings
-from minisd.eval.grounds import GROUNDS, painted
 from minisd.eval.retrieval import THUMBNAIL
 from minisd.training.colours import COLOURS, PAIRS, apart, chroma, hsl, mean_hue
+from minisd.training.grounds import GROUNDS, painted
 
 HUE_NEAR = 30.0  # degrees from the asked colour
 APART = 0.12  # of a pixel from the ground in one channel, of [0, 1], to belong to the thing

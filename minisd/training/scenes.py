@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minisd.eval.grounds import GROUNDS, painted
 from minisd.training.captions import with_article
 from minisd.training.colours import COLOURS, HUES, dominant_colour, is_held_out, recoloured
 from minisd.training.data import Pictures, is_emoji, load_pictures, read_records
+from minisd.training.grounds import GROUNDS, painted
 
 UNFIT = ("place-religious", "religion")  # no jokes with what is holy to somebody
 GROUPS = ("animals-nature", "food-drink", "objects", "travel-places", "activities", "smileys-emotion")
