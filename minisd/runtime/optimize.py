@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from minisd.models.vae import PixelAttention
 from minisd.nn.attention import Attention
-from minisd.nn.blocks import Conv3x3
+from minisd.nn.blocks import Conv3x3, ResBlock
 from minisd.nn.transformer import FeedForward
-from minisd.runtime.allocator import forget_file_pages, keep_freed_memory
+from minisd.runtime.allocator import forget_file_pages, give_back_freed_memory, keep_freed_memory
 from minisd.runtime.convolution import conv3x3
 from minisd.runtime.kernels import attention
 from minisd.runtime.modes import is_transformed
 
 TOKENS = 1024  # of a feed-forward layer at a time: eight times their width then stays in a CPU's cache
+
+LARGE = 2**25  # bytes of a map
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -93,6 +95,17 @@ class QuickGroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
+class QuickResBlock(ResBlock):
+    """Before large maps of a VAE in half precision, freed memory is given back: glibc fits no aligned block into a hole
+    of its own size, and the heap would grow with every block (BENCHMARKS.md has what it saves and costs)."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        large = x.device.type == "cpu" and x.dtype.itemsize == 2 and x.nbytes >= LARGE
+        if emb is None and large and not torch.is_grad_enabled() and not is_transformed():
+            give_back_freed_memory()
+        return super().forward(x, emb)
+
+
 FORMS: dict[type[nn.Module], type[nn.Module]] = {
     Attention: QuickAttention,
     PixelAttention: QuickPixelAttention,
@@ -100,6 +113,7 @@ FORMS: dict[type[nn.Module], type[nn.Module]] = {
     Conv3x3: QuickConv3x3,
     FeedForward: QuickFeedForward,
     nn.GroupNorm: QuickGroupNorm,
+    ResBlock: QuickResBlock,
 }
 
 
