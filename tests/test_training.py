@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from minisd.runtime.tuning import tune
 from tiny import random_network
 from torch import nn
 from training_tiny import DDPM, LOOP, RUN, UNET, pictures, train_recipe
 
 from minisd.checkpoints.files import open_tensors
 from minisd.models.unet import Conditioning
+from minisd.runtime.optimize import optimize
 from minisd.training.draws import Draws, examples
 from minisd.training.ema import EMA
 from minisd.training.loop import Diverged, learning_rate
@@ -469,7 +469,7 @@ def test_group_norms_that_train_in_bfloat16_on_a_cpu_are_taken_in_float32():
     norm = nn.Sequential(nn.GroupNorm(2, 4))
     x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = nn.functional.group_norm(x.float(), 2, norm[0].weight, norm[0].bias).bfloat16()
-    tune(norm, torch.device("cpu"))
+    optimize(norm)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(norm(x), expected)
         with torch.no_grad():  # drawing stays as it was
