@@ -429,6 +429,8 @@ def test_names_of_pictures_sort_and_go_on_after_what_is_there(tmp_path):
     [
         (["txt2img", "x", "--stepz", "3"], "Did you mean --steps"),
         (["txt2img", "x", "--steps", "many"], "--steps"),
+        (["txt2img", "x", "--steps", "4.5"], "--steps: 4.5 is not a whole number"),
+        (["txt2img", "x", "--variation-seed", "2.5"], "--variation-seed: 2.5 is not a whole number"),
         (["txt2img", "x", "--weights", "best"], "raw"),
         (["txt3img", "x"], "txt2img"),
         (["img2img", "x"], "image"),

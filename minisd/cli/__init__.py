@@ -6,8 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import get_args
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, convert
 
 from minisd import __version__
 from minisd.cli.help import formatter
@@ -114,7 +115,7 @@ def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
         help_formatter=formatter,
         group_arguments=parameters,
         group_parameters=parameters,
-        default_parameter=Parameter(negative=(), show_default=_shown_default),
+        default_parameter=Parameter(negative=(), show_default=_shown_default, converter=_converted),
         **options,
     )
     for position, (path, line) in enumerate(commands.items()):
@@ -131,6 +132,15 @@ def _app(name: str, text: str, commands: dict[str, str], **options) -> App:
             help_epilogue=f"Examples:\n{examples}" if examples else None,
         )
     return app
+
+
+def _converted(type_, tokens):
+    """What the tokens say, as cyclopts reads it, but that a fraction is no whole number: it would round 4.5 to 4."""
+    if int in (type_, *get_args(type_)):
+        for token in tokens:
+            if "." in token.value and not float(token.value).is_integer():
+                raise ValueError(f"{token.value} is not a whole number")
+    return convert(type_, tokens)
 
 
 def _shown_default(value) -> str | None:
